@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_for_ratio', 'CompressedTaskVector', 'compress', 'save_atomic']
 
-# %% ../nbs/method/03_compress.ipynb #7f33b225
+# %% ../nbs/method/03_compress.ipynb #6d8385e9
 import json
 import os
 import tempfile
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checks import check_finite, check_same_keys
 from .low_rank import Factors, numerical_rank, reconstruct, truncated_svd
-from .task_vectors import apply_task_vector, is_matrix
+from .task_vectors import apply_task_vector, at_least_float32, is_matrix
 
 # %% ../nbs/method/03_compress.ipynb #59befcd4
 def rank_for_ratio(
@@ -94,7 +94,7 @@ def compress(
         else: dense[name] = delta.clone()
     return CompressedTaskVector(factors, dense, dtypes)
 
-# %% ../nbs/method/03_compress.ipynb #3d9ba168
+# %% ../nbs/method/03_compress.ipynb #0fe81873
 def _compress_matrix(delta: Tensor, k: int, dtype: torch.dtype | None) -> Factors:
     "The k largest components of a matrix that are above rounding noise, stored in `dtype`."
     dtype = dtype or delta.dtype
@@ -102,7 +102,7 @@ def _compress_matrix(delta: Tensor, k: int, dtype: torch.dtype | None) -> Factor
     if min(delta.shape) == 0 or not delta.any():
         (m, n), new = delta.shape, delta.new_zeros
         return Factors(new((m, 0), dtype=dtype), new(0, dtype=torch.float32), new((0, n), dtype=dtype))
-    U, S, Vh = truncated_svd(delta.float() if delta.dtype.itemsize < 4 else delta, k)
+    U, S, Vh = truncated_svd(at_least_float32(delta), k)
     U, S, Vh = Factors(U, S, Vh).truncate(int(numerical_rank(S, delta.shape, S.dtype)))
     return Factors(U.to(dtype).contiguous(), S.to(torch.float32 if dtype.itemsize < 4 else dtype).contiguous(), Vh.to(dtype).contiguous())
 
@@ -144,7 +144,7 @@ def save_atomic(
     finally: Path(tmp).unlink(missing_ok=True)
     return path
 
-# %% ../nbs/method/03_compress.ipynb #765dab6a
+# %% ../nbs/method/03_compress.ipynb #a17874ee
 @patch
 def save(
     self: CompressedTaskVector,
@@ -156,6 +156,28 @@ def save(
     dtypes = {name: str(d).removeprefix("torch.") for name, d in self.dtypes.items()}
     return save_atomic(tensors, path, {"kind": _KIND, "dtypes": json.dumps(dtypes)})
 
+# %% ../nbs/method/03_compress.ipynb #41fcc2a5
+def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    "Header and tensors of an archive; `ValueError` for a damaged or foreign file."
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if meta.get("kind") == _KIND else {}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{str(path)!r} is damaged or not a safetensors file ({e}); write it again with `save`.") from e
+    if meta.get("kind") != _KIND:
+        raise ValueError(f"{str(path)!r} is a safetensors file, but not a compressed task vector; make one with `compress(vector).save(path)`.")
+    return meta, tensors
+
+
+def _factors(path: Path, tensors: dict[str, Tensor], name: str) -> Factors:
+    "The factors of one matrix, complete and of shapes that fit."
+    parts = [tensors.get(f"{part}/{name}") for part in Factors._fields]
+    if all(p is not None for p in parts):
+        f = Factors(*parts)
+        if f.U.ndim == f.Vh.ndim == 2 and f.S.ndim == 1 and f.U.shape[1] == f.S.shape[0] == f.Vh.shape[0]: return f
+    raise ValueError(f"{str(path)!r} is damaged: the factors of matrix {name!r} are incomplete; write it again with `save`.")
+
 
 @patch(cls_method=True)
 def load(
@@ -164,16 +186,9 @@ def load(
     device: str = "cpu",
 ) -> CompressedTaskVector:
     "Read an archive; raises `FileNotFoundError`, or `ValueError` for a damaged or foreign file."
-    path, parts = Path(path), {part: {} for part in ("U", "S", "Vh", "dense")}
+    path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no compressed task vector at {str(path)!r}; check the path.")
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            meta = file.metadata() or {}
-            if meta.get("kind") == _KIND:
-                for key in file.keys(): parts[key.partition("/")[0]][key.partition("/")[2]] = file.get_tensor(key)
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{str(path)!r} is damaged or not a safetensors file ({e}); write it again with `save`.") from e
-    if meta.get("kind") != _KIND:
-        raise ValueError(f"{str(path)!r} is a safetensors file, but not a compressed task vector; make one with `compress(vector).save(path)`.")
+    meta, tensors = _read(path, device)
     dtypes = {name: getattr(torch, d) for name, d in json.loads(meta["dtypes"]).items()}
-    return cls({name: Factors(parts["U"][name], parts["S"][name], parts["Vh"][name]) for name in dtypes}, parts["dense"], dtypes)
+    dense = {key.removeprefix("dense/"): t for key, t in tensors.items() if key.startswith("dense/")}
+    return cls({name: _factors(path, tensors, name) for name in dtypes}, dense, dtypes)

@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'stack_factors', 'singular_task_interference', 'layer_factors', 'interference_by_layer',
            'pairwise_interference']
 
-# %% ../nbs/method/04_interference.ipynb #39754293
+# %% ../nbs/method/04_interference.ipynb #5c0e9ade
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from .checks import check_option
 from .low_rank import Factors, numerical_rank, truncated_svd
-from .task_vectors import Vectors, is_matrix, named_vectors
+from .task_vectors import Vectors, at_least_float32, is_matrix, named_vectors
 
 # %% ../nbs/method/04_interference.ipynb #4eee1b6a
 def stack_factors(
@@ -26,7 +26,7 @@ def stack_factors(
     def _grow(f): return pad(f.U, (0, k - f.rank)), pad(f.S, (0, k - f.rank)), pad(f.Vh, (0, 0, 0, k - f.rank))
     return Factors(*(torch.stack(parts) for parts in zip(*map(_grow, factors))))
 
-# %% ../nbs/method/04_interference.ipynb #2bb60dd7
+# %% ../nbs/method/04_interference.ipynb #ec0064d7
 NORMS = {
     "entrywise": lambda x: x.abs().sum((-2, -1)),
     "nuclear": lambda x: torch.linalg.svdvals(x).sum(-1),
@@ -50,19 +50,18 @@ def singular_task_interference(
 ) -> Tensor: # (...) STI, in the unit of the singular values
     "The paper's interference score of a layer, or of a batch of layers."
     check_option("norm", norm, NORMS)
-    U, S, Vh = (o.float() if o.dtype in (torch.float16, torch.bfloat16) else o for o in (U, S, Vh))
+    U, S, Vh = map(at_least_float32, (U, S, Vh))
     if S.numel() == 0: return S.new_zeros(S.shape[:-2])
     return NORMS[norm]((_overlap(U) * S.flatten(-2).unsqueeze(-2)) @ _overlap(Vh.mT))
 
-# %% ../nbs/method/04_interference.ipynb #08aa6e3c
+# %% ../nbs/method/04_interference.ipynb #45cbea2d
 def layer_factors(
     deltas: Sequence[Tensor], # one (m, n) task matrix per task
     rank: int, # components per task, before rounding noise is dropped
 ) -> list[Factors]: # one per task; a zero matrix gets rank 0
     "The truncated SVDs of one layer's task matrices, without components that are rounding noise."
     result = []
-    for delta in deltas:
-        x = delta.float() if delta.dtype in (torch.float16, torch.bfloat16) else delta
+    for x in map(at_least_float32, deltas):
         m, n = x.shape
         if not x.any(): result.append(Factors(x.new_zeros(m, 0), x.new_zeros(0), x.new_zeros(0, n))); continue
         f = truncated_svd(x, min(rank, m, n))

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SVD_METHODS', 'Factors', 'truncated_svd', 'reconstruct', 'energy_rank', 'numerical_rank']
 
-# %% ../nbs/method/02_low_rank.ipynb #ce4d467e
+# %% ../nbs/method/02_low_rank.ipynb #68bfadc4
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import check_option
+from .task_vectors import at_least_float32
 
 # %% ../nbs/method/02_low_rank.ipynb #743dcdaa
 class Factors(NamedTuple):
@@ -57,7 +58,7 @@ def _tall_svd(x: Tensor) -> Factors:
 
 SVD_METHODS = {"auto": _tall_svd, "svd": _tall_svd}
 
-# %% ../nbs/method/02_low_rank.ipynb #2a933013
+# %% ../nbs/method/02_low_rank.ipynb #c41a4cd8
 def truncated_svd(
     delta: Tensor, # (..., m, n) task matrices
     rank: int, # components to keep, 1 <= rank <= min(m, n)
@@ -68,13 +69,13 @@ def truncated_svd(
     if delta.ndim < 2: raise ValueError(f"expected a matrix (..., m, n), got shape {tuple(delta.shape)}.")
     r = min(delta.shape[-2:])
     if not 1 <= rank <= r: raise ValueError(f"rank must be between 1 and min(m, n) = {r} for a {tuple(delta.shape[-2:])} matrix, got {rank}.")
-    x = delta.float() if delta.dtype in (torch.float16, torch.bfloat16) else delta
+    x = at_least_float32(delta)
     wide = x.shape[-2] < x.shape[-1]
     f = SVD_METHODS[method](x.mT if wide else x).truncate(rank)
     if wide: f = Factors(f.Vh.mT, f.S, f.U.mT)
     return Factors(*(o.to(delta.dtype) for o in f))
 
-# %% ../nbs/method/02_low_rank.ipynb #2ec563b2
+# %% ../nbs/method/02_low_rank.ipynb #66af4b98
 def reconstruct(
     factors: Factors, # (..., m, k), (..., k), (..., k, n)
     base: Tensor | None = None, # (..., m, n) matrix to add to, e.g. the pre-trained weight
@@ -82,7 +83,7 @@ def reconstruct(
 ) -> Tensor: # (..., m, n) base + alpha * U diag(S) Vh, in the dtype of `base`, else of `factors.U`
     "Multiply the factors of a truncated SVD out, optionally onto a base matrix."
     dtype = factors.U.dtype if base is None else base.dtype
-    U, S, Vh = (o.float() if o.dtype in (torch.float16, torch.bfloat16) else o for o in factors)
+    U, S, Vh = map(at_least_float32, factors)
     low = (U * (alpha * S).unsqueeze(-2)) @ Vh
     return (low if base is None else base + low).to(dtype)
 

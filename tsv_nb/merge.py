@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLAR_METHODS', 'orthogonalize', 'Treatment', 'merge_plan', 'whiten_factors', 'tsv_merge']
 
-# %% ../nbs/method/05_merge.ipynb #fbda12d8
+# %% ../nbs/method/05_merge.ipynb #89ef720b
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from .checks import check_option
 from .interference import layer_factors
 from .low_rank import Factors, reconstruct
-from .task_vectors import Vectors, is_matrix, named_vectors, task_weights
+from .task_vectors import Vectors, at_least_float32, is_matrix, named_vectors, task_weights
 
-# %% ../nbs/method/05_merge.ipynb #287e0f9b
+# %% ../nbs/method/05_merge.ipynb #ece64fd3
 def _polar_svd(X: Tensor, tol: float) -> Tensor:
     "P Q^T from X = P diag(s) Q^T, without the directions of X's null space."
     P, s, Qh = torch.linalg.svd(X, full_matrices=False)
@@ -30,7 +30,7 @@ def _polar_eigh(X: Tensor, tol: float) -> Tensor:
     "X (X^T X)^(-1/2) from the eigenvectors of the Gram matrix on X's shorter side."
     if X.shape[-2] < X.shape[-1]: return _polar_eigh(X.mT, tol).mT
     lam, Q = torch.linalg.eigh(X.mT @ X)
-    noise = max(X.shape[-2:]) * torch.finfo(X.dtype).eps # of lam, not of its root: eigh cannot see shorter directions
+    noise = 4 * torch.finfo(X.dtype).eps # of lam, not of its root: eigh cannot see shorter directions
     keep = lam > max(tol**2, noise) * lam[..., -1:]
     inverse_root = torch.where(keep, lam, 1).rsqrt() * keep
     return X @ (Q * inverse_root.unsqueeze(-2)) @ Q.mT
@@ -47,7 +47,7 @@ def orthogonalize(
     "Replace a matrix by its polar factor (orthogonal Procrustes, symmetric whitening)."
     check_option("orthogonalize method", method, POLAR_METHODS)
     if 0 in X.shape[-2:]: return X.clone()
-    x = X.float() if X.dtype in (torch.float16, torch.bfloat16) else X
+    x = at_least_float32(X)
     if tol is None: tol = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
     return POLAR_METHODS[method](x, tol).to(X.dtype)
 
@@ -70,7 +70,7 @@ def _share(name: str, shape: tuple[int, int], n_tasks: int, rank: int | str | No
     hint = f"lower rank to at most {r // n_tasks}, " if rank and r >= n_tasks else ""
     raise ValueError(f"tensor {name!r}: {problem}; {hint}merge fewer tasks, exclude the tensor, or pass small='average'.")
 
-# %% ../nbs/method/05_merge.ipynb #351c0c13
+# %% ../nbs/method/05_merge.ipynb #b7cec880
 def _blocks(name: str, entry: Tensor, split: str | None) -> tuple[Tensor, ...]:
     "The matrices that an entry is merged as: itself, or the thirds of a fused q, k, v."
     if split != "qkv" or not name.endswith("in_proj_weight"): return (entry,)
@@ -86,11 +86,16 @@ def merge_plan(
     exclude: Sequence[str] = ("text_projection",), # keys that are averaged although they are matrices
 ) -> dict[str, Treatment]: # name -> what tsv_merge will do with it
     "What `tsv_merge` will do with every entry, without doing it."
+    return _plan(named_vectors(vectors), rank, split, small, exclude)
+
+
+def _plan(vectors, rank, split, small, exclude) -> dict[str, Treatment]:
+    "The plan for task vectors that have been checked."
     check_option("value for small", small, ("raise", "average"))
     check_option("split", split, (None, "qkv"))
     if rank != "full" and rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be at least 1, 'full', or None for min(m, n) // T; got {rank!r}.")
-    vectors, plan = named_vectors(vectors), {}
+    plan = {}
     for name, entry in next(iter(vectors.values())).items():
         if not any(v[name].any() for v in vectors.values()): plan[name] = Treatment("zero", 0, "did not move in any task")
         elif not is_matrix(name, entry, exclude): plan[name] = Treatment("average", 0, "not a task matrix")
@@ -109,7 +114,7 @@ def whiten_factors(
     V = orthogonalize(torch.cat([f.Vh.mT for f in factors], -1), method, tol).split(ranks, -1)
     return [Factors(u, f.S, v.mT) for u, f, v in zip(U, factors, V)]
 
-# %% ../nbs/method/05_merge.ipynb #9a03dab3
+# %% ../nbs/method/05_merge.ipynb #b9fa9398
 def _merge_matrix(deltas: Sequence[Tensor], rank: int, method: str | None, weights: Sequence[float]) -> Tensor:
     "TSV-M for one layer: (m, n) task matrices to one (m, n) matrix, in the dtype of the first."
     factors = [Factors(f.U, w * f.S, f.Vh) for f, w in zip(layer_factors(deltas, rank), weights)]
@@ -120,10 +125,9 @@ def _merge_matrix(deltas: Sequence[Tensor], rank: int, method: str | None, weigh
 
 def _mean(entries: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     "The weighted mean of entries that are not merged as matrices."
-    wide = torch.float64 if entries[0].dtype == torch.float64 else torch.float32
-    return (sum(w * e.to(wide) for e, w in zip(entries, weights)) / len(entries)).to(entries[0].dtype)
+    return (sum(w * at_least_float32(e) for e, w in zip(entries, weights)) / len(entries)).to(entries[0].dtype)
 
-# %% ../nbs/method/05_merge.ipynb #bd861e9e
+# %% ../nbs/method/05_merge.ipynb #e390268a
 def tsv_merge(
     vectors: Vectors, # {task name: task vector}, or a list of task vectors
     rank: int | str | None = None, # components per task; default min(m, n) // T; "full" keeps all (no low-rank step)
@@ -136,8 +140,8 @@ def tsv_merge(
 ) -> dict[str, Tensor]: # the merged task vector: apply it with apply_task_vector(pretrained, merged, alpha=1.)
     "TSV-Merge: truncate, concatenate, orthogonalize, multiply out; entries that are not matrices are averaged."
     if orthogonalize is not None: check_option("orthogonalize method", orthogonalize, POLAR_METHODS)
-    plan = merge_plan(vectors, rank, split, small, exclude)
     vectors = named_vectors(vectors)
+    plan = _plan(vectors, rank, split, small, exclude)
     weights = task_weights(weights, vectors)
     wrap = tqdm if progress is True else progress or iter
     return {name: _merge_entry(name, [v[name] for v in vectors.values()], plan[name], orthogonalize, split, weights) for name in wrap(plan)}
