@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['rank_for_ratio', 'CompressedTaskVector', 'compress', 'save_atomic']
 
-# %% ../nbs/method/03_compress.ipynb #6d8385e9
+# %% ../nbs/method/03_compress.ipynb #baca64b2
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +124,7 @@ def apply_to(
         result[name] = reconstruct(f, base=floats[name], alpha=alpha)
     return {n: result[n] if n in result else t.clone() for n, t in pretrained.items()}
 
-# %% ../nbs/method/03_compress.ipynb #1add872b
+# %% ../nbs/method/03_compress.ipynb #54fbecf3
 _KIND = "tsv_nb.CompressedTaskVector/1"
 
 
@@ -136,12 +136,11 @@ def save_atomic(
     "Write a safetensors file under a temporary name, then rename it: a file of that name is always complete."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") # not mkstemp: that would make the file readable for its owner only
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata=dict(metadata or {}))
         os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+    finally: tmp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/method/03_compress.ipynb #a17874ee
@@ -156,7 +155,7 @@ def save(
     dtypes = {name: str(d).removeprefix("torch.") for name, d in self.dtypes.items()}
     return save_atomic(tensors, path, {"kind": _KIND, "dtypes": json.dumps(dtypes)})
 
-# %% ../nbs/method/03_compress.ipynb #41fcc2a5
+# %% ../nbs/method/03_compress.ipynb #636f6b36
 def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     "Header and tensors of an archive; `ValueError` for a damaged or foreign file."
     try:
@@ -178,7 +177,7 @@ def _factors(path: Path, tensors: dict[str, Tensor], name: str) -> Factors:
         if f.U.ndim == f.Vh.ndim == 2 and f.S.ndim == 1 and f.U.shape[1] == f.S.shape[0] == f.Vh.shape[0]: return f
     raise ValueError(f"{str(path)!r} is damaged: the factors of matrix {name!r} are incomplete; write it again with `save`.")
 
-
+# %% ../nbs/method/03_compress.ipynb #bb457e82
 @patch(cls_method=True)
 def load(
     cls: CompressedTaskVector,

@@ -36,7 +36,7 @@ def image_state(
     "The image tower's state dict: what fine-tuning changes and merging merges."
     return {name: tensor.detach().clone() for name, tensor in model.visual.state_dict().items()}
 
-# %% ../../nbs/vision/20_clip.ipynb #c10738d5
+# %% ../../nbs/vision/20_clip.ipynb #ef6a9f1b
 TEMPLATES = ("{}", "a picture of {}", "an image of the {}", "the symbol {}", "a drawing of {}", "{} printed on paper")
 
 
@@ -50,11 +50,9 @@ def zeroshot_head(
     "A linear classifier written in words: the mean normalized text feature of each class."
     if not classnames or not templates: raise ValueError("a head needs at least one class name and one template.")
     device = next(model.parameters()).device
-    rows = []
-    for name in classnames:
-        tokens = tokenizer([t.format(name) for t in templates]).to(device)
-        rows.append(F.normalize(model.encode_text(tokens), dim=-1).mean(0))
-    return F.normalize(torch.stack(rows), dim=-1)
+    tokens = tokenizer([t.format(name) for name in classnames for t in templates]).to(device)
+    features = torch.cat([F.normalize(model.encode_text(part), dim=-1) for part in tokens.split(256)])
+    return F.normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
 # %% ../../nbs/vision/20_clip.ipynb #8cec3a30
 class ImageEncoder(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import check_option
 
-# %% ../../nbs/vision/20b_render.ipynb #87f9b85b
+# %% ../../nbs/vision/20b_render.ipynb #870f83da
 SIZE = 32 # side of an image, pixels
 CELL = 48 # side of a drawn glyph before it is placed in an image, pixels
 
@@ -28,8 +28,9 @@ def _font_faces() -> tuple: # (FT2Font, frozenset of code points) for each face
     import matplotlib
     from matplotlib.ft2font import FT2Font
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    options = dict(hinting_factor=1) if matplotlib.__version_info__ < (3, 11) else {} # later releases hint like that by default
     # LastResort maps every character to the same placeholder box
-    faces = [FT2Font(str(p), hinting_factor=1) for p in sorted(folder.glob("*.ttf")) if "LastResort" not in p.name]
+    faces = [FT2Font(str(p), **options) for p in sorted(folder.glob("*.ttf")) if "LastResort" not in p.name]
     return tuple((face, frozenset(face.get_charmap())) for face in faces)
 
 
@@ -43,13 +44,13 @@ def covered_chars(
     found = [chr(c) for c in range(first, last + 1) if any(c in covered for _, covered in _font_faces())]
     return tuple(found[::step][:n])
 
-# %% ../../nbs/vision/20b_render.ipynb #d5d23728
+# %% ../../nbs/vision/20b_render.ipynb #cf001085
 def _draw(face, char: str) -> Tensor:
     "The ink of a character as the face draws it, (h, w) float32 0..255, cropped; empty if it has no ink."
     face.set_size(40, 72)
     face.set_text(char)
     face.draw_glyphs_to_bitmap(antialiased=True)
-    ink = torch.tensor(face.get_image().tolist()).float()
+    ink = torch.as_tensor(face.get_image().copy()).float()
     rows, cols = ink.sum(1).nonzero().flatten(), ink.sum(0).nonzero().flatten()
     return ink[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1] if len(rows) else ink[:0]
 
@@ -77,7 +78,7 @@ def glyph_masks(
     if not kept: raise ValueError(f"no font face draws {char!r} (U+{ord(char):04X}); choose another character, e.g. from covered_chars.")
     return torch.stack(kept)
 
-# %% ../../nbs/vision/20b_render.ipynb #8e1526c0
+# %% ../../nbs/vision/20b_render.ipynb #49915d44
 def place(
     masks: Tensor, # (n, CELL, CELL) uint8 ink
     rotation: float, # at most so many degrees either way
@@ -87,7 +88,7 @@ def place(
 ) -> Tensor: # (n, 1, size, size) float32 ink, 0..1
     "Put each glyph into an image with a random rotation, size, shear and position."
     n = len(masks)
-    def uniform(bound): return (torch.rand(n, generator=generator) * 2 - 1) * bound
+    uniform = lambda bound: (torch.rand(n, generator=generator) * 2 - 1) * bound
     angle, zoom = uniform(rotation) * math.pi / 180, 1 / (.925 + uniform(.175))
     aspect, shear = uniform(.1).exp(), uniform(.1)
     affine = torch.stack([zoom * aspect * angle.cos(), zoom * (shear - angle.sin()), uniform(shift),
