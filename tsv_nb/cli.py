@@ -39,7 +39,7 @@ def merged_states(
     return {"zero-shot": world.pretrained, "weight average": _on(weight_average(world.vectors)), "Task Arithmetic": _on(total, alpha["Task Arithmetic"]),
             "TSV-M": _on(merged), tuned: _on(merged, alpha[tuned])}, alpha
 
-# %% ../nbs/cli.ipynb #b5d9248d
+# %% ../nbs/cli.ipynb #de811fa5
 def _own(world, states) -> dict[str, float]:
     "Accuracy of each task on the network of its own."
     return {t: world.accuracy(s, tasks=[t])[t] for t, s in states.items()}
@@ -48,7 +48,7 @@ def _own(world, states) -> dict[str, float]:
 def demo_scores(
     world, # a World
     out: Path, # folder for the compressed tasks and the merged checkpoint
-    ratio: float = 0.2, # size of the compressed matrices
+    ratio: float = 0.1, # size of the compressed matrices
 ) -> dict: # {"scores": {method: {task: accuracy}}, "bytes": {method: int}, "alpha": {method: float}, "averaged": [names]}
     "Run every method of Part I on a world; writes the merged checkpoint and the compressed tasks."
     base = sum(t.nbytes for t in world.pretrained.values())

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['rank_for_ratio', 'CompressedTaskVector', 'compress', 'save_atomic']
 
-# %% ../nbs/method/03_compress.ipynb #baca64b2
+# %% ../nbs/method/03_compress.ipynb #7059f924
 import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,13 +33,13 @@ def rank_for_ratio(
     m, n = shape
     return max(1, min(m, n, int(ratio * m * n / (m + n + 1))))
 
-# %% ../nbs/method/03_compress.ipynb #95acfdc8
+# %% ../nbs/method/03_compress.ipynb #3a877892
 @dataclass(frozen=True)
 class CompressedTaskVector:
     "A task vector whose matrices are stored as truncated SVDs."
     factors: dict[str, Factors] # matrices: name -> U (m, k), S (k,), Vh (k, n)
-    dense: dict[str, Tensor] # everything else, as it was
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict) # the original dtype of each factored matrix
+    dense: dict[str, Tensor] # everything else
+    dtypes: dict[str, torch.dtype] # the original dtype of each entry
 
     def __iter__(self): return iter([*self.factors, *self.dense])
 
@@ -51,8 +51,8 @@ class CompressedTaskVector:
     @property
     def dense_nbytes(self) -> int:
         "Bytes of the task vector it stands for."
-        full = (f.matrix_shape.numel() * self.dtypes[name].itemsize for name, f in self.factors.items())
-        return sum(full) + sum(t.nbytes for t in self.dense.values())
+        shapes = {n: f.matrix_shape for n, f in self.factors.items()} | {n: t.shape for n, t in self.dense.items()}
+        return sum(shape.numel() * self.dtypes[name].itemsize for name, shape in shapes.items())
 
     @property
     def ratio(self) -> float:
@@ -61,10 +61,11 @@ class CompressedTaskVector:
 
     def decompress(self) -> dict[str, Tensor]: # an ordinary task vector, in the original dtypes
         "Multiply all factors out."
-        return {n: reconstruct(f).to(self.dtypes[n]) for n, f in self.factors.items()} | dict(self.dense)
+        whole = {n: reconstruct(f) for n, f in self.factors.items()} | self.dense
+        return {n: t.to(self.dtypes[n]) for n, t in whole.items()}
 
-# %% ../nbs/method/03_compress.ipynb #5bccc220
-def _components(name: str, delta: Tensor, rank: int | None, ratio: float, fraction: float | None) -> int:
+# %% ../nbs/method/03_compress.ipynb #f5fc9cb1
+def _components(delta: Tensor, rank: int | None, ratio: float, fraction: float | None) -> int:
     "The number of components to keep of one matrix, before rounding noise is dropped."
     r = min(delta.shape)
     if fraction is not None:
@@ -80,25 +81,24 @@ def compress(
     rank: int | None = None, # components per matrix; default: as many as `ratio` allows
     ratio: float = 0.1, # size of a matrix's factors relative to the matrix, in numbers
     fraction: float | None = None, # instead: share of min(m, n) components to keep, the paper's knob
-    dtype: torch.dtype | None = None, # precision of the stored U and Vh, e.g. torch.float16; default: as given
+    dtype: torch.dtype | None = None, # precision of what is stored (S stays float32), e.g. torch.float16; default: as given
     exclude: Sequence[str] = ("text_projection",), # keys not to decompose
 ) -> CompressedTaskVector:
     "TSV-C: keep the top singular components of every task matrix."
     rank_for_ratio((1, 1), ratio) # a bad ratio is an error even where no matrix would use it
-    factors, dense, dtypes = {}, {}, {}
+    if dtype is not None and not dtype.is_floating_point: raise ValueError(f"dtype must be a floating-point type such as torch.float16, got {dtype}.")
+    factors, dense = {}, {}
     for name, delta in vector.items():
         check_finite(name, delta, "task vector entry")
-        if not is_matrix(name, delta, exclude): dense[name] = delta.clone(); continue
-        f = _compress_matrix(delta, _components(name, delta, rank, ratio, fraction), dtype)
-        if sum(o.nbytes for o in f) < delta.nbytes: factors[name], dtypes[name] = f, delta.dtype
-        else: dense[name] = delta.clone()
-    return CompressedTaskVector(factors, dense, dtypes)
+        whole = delta.to(dtype or delta.dtype, copy=True)
+        f = _compress_matrix(delta, _components(delta, rank, ratio, fraction), whole.dtype) if is_matrix(name, delta, exclude) else None
+        if f and sum(o.nbytes for o in f) < whole.nbytes: factors[name] = f
+        else: dense[name] = whole
+    return CompressedTaskVector(factors, dense, {name: delta.dtype for name, delta in vector.items()})
 
-# %% ../nbs/method/03_compress.ipynb #0fe81873
-def _compress_matrix(delta: Tensor, k: int, dtype: torch.dtype | None) -> Factors:
+# %% ../nbs/method/03_compress.ipynb #cb89257c
+def _compress_matrix(delta: Tensor, k: int, dtype: torch.dtype) -> Factors:
     "The k largest components of a matrix that are above rounding noise, stored in `dtype`."
-    dtype = dtype or delta.dtype
-    if not dtype.is_floating_point: raise ValueError(f"dtype must be a floating-point type such as torch.float16, got {dtype}.")
     if min(delta.shape) == 0 or not delta.any():
         (m, n), new = delta.shape, delta.new_zeros
         return Factors(new((m, 0), dtype=dtype), new(0, dtype=torch.float32), new((0, n), dtype=dtype))
@@ -177,7 +177,7 @@ def _factors(path: Path, tensors: dict[str, Tensor], name: str) -> Factors:
         if f.U.ndim == f.Vh.ndim == 2 and f.S.ndim == 1 and f.U.shape[1] == f.S.shape[0] == f.Vh.shape[0]: return f
     raise ValueError(f"{str(path)!r} is damaged: the factors of matrix {name!r} are incomplete; write it again with `save`.")
 
-# %% ../nbs/method/03_compress.ipynb #bb457e82
+# %% ../nbs/method/03_compress.ipynb #687635ab
 @patch(cls_method=True)
 def load(
     cls: CompressedTaskVector,
@@ -190,4 +190,4 @@ def load(
     meta, tensors = _read(path, device)
     dtypes = {name: getattr(torch, d) for name, d in json.loads(meta["dtypes"]).items()}
     dense = {key.removeprefix("dense/"): t for key, t in tensors.items() if key.startswith("dense/")}
-    return cls({name: _factors(path, tensors, name) for name in dtypes}, dense, dtypes)
+    return cls({name: _factors(path, tensors, name) for name in dtypes if name not in dense}, dense, dtypes)
