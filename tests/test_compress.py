@@ -77,6 +77,19 @@ def test_save_and_load(vector, tmp_path):
         for n, f in c.factors.items(): assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(f, back.factors[n]))
 
 
+def test_files_have_the_permissions_of_ordinary_files(vector, tmp_path):
+    (tmp_path / "ordinary").write_text("")
+    assert compress(vector).save(tmp_path / "x").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_the_whole_archive_is_stored_in_the_chosen_precision(vector, tmp_path):
+    c = compress(vector, rank=4, dtype=torch.float16)
+    back = CompressedTaskVector.load(c.save(tmp_path / "x"))
+    assert all(t.dtype == torch.float16 for t in back.dense.values()) and all(t.dtype == torch.float32 for t in back.decompress().values())
+    assert c.dense_nbytes == sum(v.nbytes for v in vector.values())
+    torch.testing.assert_close(back.decompress()["b"], vector["b"], rtol=2**-11, atol=0)
+
+
 def test_awkward_names_survive(tmp_path, g):
     names = ["U/w", "dense/b", "a.b/c", "S", "naïve.ключ"]
     c = compress({n: torch.randn(30, 30, generator=g) for n in names}, ratio=.3)

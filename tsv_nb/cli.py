@@ -63,9 +63,9 @@ def demo_scores(
     averaged = [n for n, t in plan.items() if t.how == "average" and world.pretrained[n].ndim == 2]
     return dict(scores=scores, bytes=size, alpha=alpha, averaged=averaged)
 
-# %% ../nbs/cli.ipynb #a21af465
+# %% ../nbs/cli.ipynb #5413a17b
 _HEADS = {"zero-shot": "zero-shot", "weight average": "average", "Task Arithmetic": "Task Ar.", "TSV-M": "TSV-M", "TSV-M, alpha on validation": "TSV-M*",
-          "TSV-C": "TSV-C", "fine-tuned": "finetuned"}
+          "TSV-C": "TSV-C", "fine-tuned": "finetune"}
 
 
 def demo_table(
@@ -73,11 +73,11 @@ def demo_table(
     sizes: dict, # {method: bytes to serve all tasks}
 ) -> str: # absolute and normalized accuracy in percent, per task and mean, and megabytes, at most 80 columns
     "The results of a demo run as text."
-    def _row(name, cells): return f"{name[:12]:12s}" + "".join(f"{c:>9s}" for c in cells)
+    def _row(name, cells): return f"{name[:14]:14s}" + "".join(f"{c:>9s}" for c in cells)
     tasks, best = list(scores["fine-tuned"]), scores["fine-tuned"]
     lines = []
     for title, value in (("accuracy, %", lambda m, t: scores[m][t]), ("normalized, %", lambda m, t: scores[m][t] / max(best[t], 1e-9))):
-        lines += [_row(title, [_HEADS.get(m, m[:8]) for m in scores]), "-" * (12 + 9 * len(scores))]
+        lines += [_row(title, [_HEADS.get(m, m[:8]) for m in scores]), "-" * (14 + 9 * len(scores))]
         lines += [_row(t, [f"{100 * value(m, t):.1f}" for m in scores]) for t in tasks]
         lines += [_row("mean", [f"{100 * sum(value(m, t) for t in tasks) / len(tasks):.1f}" for m in scores]), ""]
     return "\n".join([*lines, _row("megabytes", [f"{b / 1e6:.1f}" for b in sizes.values()])])
@@ -121,13 +121,15 @@ def run_demo(
     write_report(out, report)
     return report
 
-# %% ../nbs/cli.ipynb #47df7690
+# %% ../nbs/cli.ipynb #b7df839c
 def _summary(report: dict, out: str) -> str:
     "What tsv_demo prints."
     alpha, averaged = report["alpha"], report["averaged"]
     notes = [f"Task Ar.: Task Arithmetic, alpha = {alpha['Task Arithmetic']:g} chosen on validation images.",
              f"TSV-M: alpha = 1. TSV-M*: alpha = {alpha['TSV-M, alpha on validation']:g} chosen on validation images."]
-    if averaged: notes.append(f"Averaged, because too small for {len(report['options']['tasks'])} tasks: {', '.join(averaged)}.")
+    base, archives, T = report["bytes"]["TSV-M"], report["bytes"]["TSV-C"], len(report["options"]["tasks"])
+    notes.append(f"TSV-C: the base and a file of {(archives - base) / T / base:.1%} of its size for each task.")
+    if averaged: notes.append(f"Averaged, because too small for {T} tasks: {', '.join(averaged)}.")
     files = ["report.json  accuracy.png  tasks.png  interference.png", "merged.safetensors (TSV-M)  compressed/*.safetensors (TSV-C, one per task)"]
     written = "\n  ".join([f"Written to {Path(out).resolve()}:", *files])
     return "\n\n".join([demo_table(report["scores"], report["bytes"]), "\n".join(notes), written, f"Time: {sum(report['seconds'].values()):.0f} s"])

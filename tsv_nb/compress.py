@@ -124,7 +124,7 @@ def apply_to(
         result[name] = reconstruct(f, base=floats[name], alpha=alpha)
     return {n: result[n] if n in result else t.clone() for n, t in pretrained.items()}
 
-# %% ../nbs/method/03_compress.ipynb #54fbecf3
+# %% ../nbs/method/03_compress.ipynb #343dd1cc
 _KIND = "tsv_nb.CompressedTaskVector/1"
 
 
@@ -136,9 +136,12 @@ def save_atomic(
     "Write a safetensors file under a temporary name, then rename it: a file of that name is always complete."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") # not mkstemp: that would make the file readable for its owner only
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode # what the user's umask makes it; save_file would leave it readable for its owner only
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata=dict(metadata or {}))
+        tmp.chmod(mode)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path

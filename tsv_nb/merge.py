@@ -18,9 +18,10 @@ from .interference import layer_factors
 from .low_rank import Factors, reconstruct
 from .task_vectors import Vectors, at_least_float32, is_matrix, named_vectors, task_weights
 
-# %% ../nbs/method/05_merge.ipynb #ece64fd3
+# %% ../nbs/method/05_merge.ipynb #f51c3ffd
 def _polar_svd(X: Tensor, tol: float) -> Tensor:
     "P Q^T from X = P diag(s) Q^T, without the directions of X's null space."
+    if X.shape[-2] < X.shape[-1]: return _polar_svd(X.mT, tol).mT # LAPACK is faster on tall matrices
     P, s, Qh = torch.linalg.svd(X, full_matrices=False)
     keep = s > tol * s[..., :1]
     return (P * keep.unsqueeze(-2)) @ Qh

@@ -53,7 +53,7 @@ def accuracy_bars(
     ax.set(title=title, ylabel="accuracy (%)", ylim=(0, 103), yticks=range(0, 101, 20))
     return ax
 
-# %% ../../nbs/explore/40_plots.ipynb #656c1da4
+# %% ../../nbs/explore/40_plots.ipynb #8411ae7b
 def accuracy_radar(
     scores: Scores, # {method: {task: accuracy in [0, 1]}}
     ax: Axes | None = None, # polar axes to draw on; default: a new figure
@@ -70,10 +70,11 @@ def accuracy_radar(
     ax.set(ylim=(0, 100), yticks=range(20, 101, 20), title=title)
     ax.set_rlabel_position(180 / len(tasks)) # between two spokes
     ax.tick_params(axis="y", labelsize=7)
+    ax.tick_params(axis="x", pad=8)
     ax.legend(loc="center left", bbox_to_anchor=(1.15, .5), fontsize=8)
     return ax
 
-# %% ../../nbs/explore/40_plots.ipynb #57037de2
+# %% ../../nbs/explore/40_plots.ipynb #a2d9426e
 def _depth_and_kind(name: str) -> tuple[int | None, str]:
     "The first number in a layer's name, and the name without what comes before it."
     parts = name.removesuffix(".weight").split(".")
@@ -87,7 +88,7 @@ def interference_by_depth(
     title: str = "Interference by layer",
 ) -> Axes:
     "STI over depth, one line per kind of matrix; matrices outside the blocks are dotted lines."
-    ax = ax or plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
     kinds = {}
     for name, s in scores.items():
         depth, kind = _depth_and_kind(name)
@@ -97,5 +98,5 @@ def interference_by_depth(
         else: ax.plot(*zip(*sorted(points)), "o-", color=f"C{i}", label=kind)
     ax.set(title=title, xlabel="block", ylabel="STI (sum of absolute entries)", ylim=(0, None))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, .5))
     return ax
