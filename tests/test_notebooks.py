@@ -11,6 +11,7 @@ NOTEBOOKS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").rglob(
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
 def test_notebook(path):
-    code = f"from nbdev.test import test_nb; import sys; ok, seconds = test_nb({path!r}, skip_flags=['notest', 'cuda', 'slow']); print(f'{{seconds:.1f}} s'); sys.exit(not ok)"
+    code = ("from pathlib import Path; from nbdev.test import test_nb; import sys\n"
+            f"ok, seconds = test_nb(Path({path!r}), skip_flags=['notest', 'cuda', 'slow']); print(f'{{seconds:.1f}} s'); sys.exit(not ok)")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
