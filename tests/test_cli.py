@@ -44,6 +44,13 @@ def test_demo_files_give_the_numbers_of_the_report(made):
         assert world.accuracy(expert, tasks=[task])[task] == pytest.approx(report["scores"]["TSV-C"][task])
 
 
+def test_a_second_run_leaves_no_stale_archives(made):
+    _, out = made
+    (out / "compressed" / "runes.safetensors").write_bytes(b"of an earlier run")
+    assert demo("--tasks", 1, "--out", out).returncode == 0
+    assert [p.stem for p in (out / "compressed").iterdir()] == ["greek"] and len(json.loads((out / "report.json").read_text())["scores"]["TSV-M"]) == 1
+
+
 def test_table_by_hand():
     scores = {"zero-shot": dict(a=.25, b=.5), "fine-tuned": dict(a=.5, b=1.)}
     lines = demo_table(scores, {"zero-shot": 1_000_000, "fine-tuned": 2_500_000}).splitlines()

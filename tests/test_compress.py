@@ -116,11 +116,36 @@ def test_wrong_base(g, vector):
 
 @pytest.mark.parametrize("options, message", [
     (dict(ratio=0), r"ratio must be in \(0, 1\], got 0"), (dict(ratio=1.01), "got 1.01"), (dict(ratio=float("nan")), "got nan"), (dict(ratio=-.1), "got -0.1"),
-    (dict(rank=0), "rank must be at least 1, got 0"), (dict(rank=-3), "got -3"), (dict(fraction=0), "fraction must be in"), (dict(fraction=2), "got 2"),
-    (dict(dtype=torch.int8), "floating-point type"),
+    (dict(rank=0), "rank must be at least 1 and whole, got 0"), (dict(rank=-3), "got -3"), (dict(fraction=0), "fraction must be in"), (dict(fraction=2), "got 2"),
+    (dict(dtype=torch.int8), "floating-point type"), (dict(rank=2.5), "whole, got 2.5"),
 ])
 def test_bad_options(vector, options, message):
     with pytest.raises(ValueError, match=message): compress(vector, **options)
+
+
+def test_what_the_stored_type_cannot_hold_is_an_error(vector):
+    vector["b"][0] = 1e5
+    with pytest.raises(ValueError, match="stored as torch.float16, the entry 'b' has 1 of 64 values that are NaN or infinite"): compress(vector, dtype=torch.float16)
+
+
+def test_what_is_not_a_task_vector(vector):
+    with pytest.raises(TypeError, match="expected a dict of tensors, got list"): compress([vector])
+    with pytest.raises(ValueError, match="'ids' is torch.int64"): compress(vector | {"ids": torch.arange(3)})
+
+
+def test_archives_hold_no_more_memory_than_they_report(vector):
+    c = compress(vector, rank=2)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*c.dense.values(), *(o for f in c.factors.values() for o in f))}
+    assert sum(held.values()) == c.nbytes
+
+
+def test_a_damaged_header(vector, tmp_path):
+    from safetensors import safe_open
+    path = compress(vector).save(tmp_path / "x.safetensors")
+    with safe_open(path, "pt") as f: meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    for dtypes in ("{", '{"w": "float33"}', "[]"):
+        save_file(tensors, path, metadata=meta | {"dtypes": dtypes})
+        with pytest.raises(ValueError, match="x.safetensors.*is damaged"): CompressedTaskVector.load(path)
 
 
 def test_not_finite(vector):

@@ -82,6 +82,6 @@ def test_layers_and_pairs(g):
 
 def test_errors(g, vectors):
     with pytest.raises(ValueError, match="unknown norm 'fro'; known: 'entrywise', 'nuclear', 'operator'"): interference_by_layer(vectors, norm="fro")
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"): interference_by_layer(vectors, rank=0)
+    with pytest.raises(ValueError, match="rank must be at least 1 and whole, got 0"): interference_by_layer(vectors, rank=0)
     with pytest.raises(ValueError, match="no task vector"): interference_by_layer({})
     with pytest.raises(ValueError, match="no task vector"): pairwise_interference([])

@@ -92,6 +92,21 @@ def test_rank_aware(g, true_rank):
         assert relative(out, want) < 1e-4
 
 
+@pytest.mark.parametrize("dtype, tol", [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_rank_aware_in_half_precision(g, dtype, tol):
+    "Rounding a low-rank task matrix to half precision gives it full rank; that noise must not be orthogonalized either."
+    deltas = [torch.randn(96, 4, generator=g) @ torch.randn(4, 128, generator=g) for _ in range(4)]
+    got = tsv_merge([{"w": d.to(dtype)} for d in deltas])["w"]
+    assert relative(got, reference(deltas, 4)) < tol
+
+
+def test_lapack_failure_falls_back(g, vectors, monkeypatch):
+    want = tsv_merge(vectors)["w"]
+    def fail(*args, **kwargs): raise torch.linalg.LinAlgError("did not converge")
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    assert relative(tsv_merge(vectors)["w"], want) < 1e-4
+
+
 def test_zero_tasks_and_zero_layers(g, monkeypatch):
     v = make_vectors(g, 3, {"w": (20, 12), "embedding": (500, 12)})
     for d in v.values(): d["embedding"].zero_()
@@ -168,6 +183,7 @@ def test_progress_sees_every_entry(vectors):
     (dict(rank="all"), "got 'all'"), (dict(rank=5), "tensor 'w': 3 tasks x 5 components do not fit into the 12 .* lower rank to at most 4"),
     (dict(orthogonalize="qr"), "unknown orthogonalize method 'qr'; known: 'svd', 'eigh'"), (dict(split="kqv"), "unknown split 'kqv'; known: None, 'qkv'"),
     (dict(small="skip"), "known: 'raise', 'average'"), (dict(weights=[1.]), "1 weights for 3 tasks"),
+    (dict(weights=[1., float("nan"), 1.]), "weight of task 'task1' must be a finite number"),
 ])
 def test_bad_options(vectors, options, message):
     with pytest.raises(ValueError, match=message): tsv_merge(vectors, **options)

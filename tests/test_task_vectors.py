@@ -72,6 +72,14 @@ def test_a_single_state_dict_instead_of_several(g):
     with pytest.raises(TypeError, match="'w'.*expected a task vector"): named_vectors({"w": torch.ones(2)})
 
 
+def test_what_is_not_a_state_dict(g):
+    with pytest.raises(TypeError, match="got Linear; pass model.state_dict"): task_vector(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="pass checkpoint.'state_dict'"): task_vector({"state_dict": state(g), "epoch": 1}, {"state_dict": state(g), "epoch": 2})
+    with pytest.raises(ValueError, match="'w' is torch.float32 in one checkpoint and torch.int8"): task_vector(state(g), state(g) | {"w": torch.ones(5, 4, dtype=torch.int8)})
+    with pytest.raises(ValueError, match="'ids' is torch.int64"): named_vectors([{"ids": torch.arange(3)}])
+    with pytest.raises(ValueError, match="alpha must be a finite number"): apply_task_vector({"w": torch.ones(2)}, {"w": torch.ones(2)}, float("nan"))
+
+
 def test_weights(vectors):
     assert task_weights(None, vectors) == [1., 1., 1.]
     with pytest.raises(ValueError, match="2 weights for 3 tasks"): task_weights([1, 2], vectors)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['merged_states', 'demo_scores', 'demo_table', 'write_report', 'run_demo', 'tsv_demo']
 
-# %% ../nbs/cli.ipynb #bb6c5567
+# %% ../nbs/cli.ipynb #e33cb436
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -20,10 +21,10 @@ from .interference import interference_by_layer
 from .merge import merge_plan, tsv_merge
 from .task_vectors import apply_task_vector, task_arithmetic, weight_average
 
-# %% ../nbs/cli.ipynb #d8240aba
+# %% ../nbs/cli.ipynb #9a02efd3
 def _grid(limit: float, n_tasks: int) -> list[float]:
-    "Values of alpha to try, up to `limit`, with 1/T among them."
-    return sorted({1 / n_tasks, *(round(limit * i / 10, 3) for i in range(1, 11))})
+    "Values of alpha to try, up to `limit`, denser where they are small, with 1/T among them."
+    return sorted({1 / n_tasks, *(round(limit * x, 3) for x in (.05, .1, .15, .2, .25, .3, .35, .4, .5, .6, .8, 1.))})
 
 
 def merged_states(
@@ -82,7 +83,7 @@ def demo_table(
         lines += [_row("mean", [f"{100 * sum(value(m, t) for t in tasks) / len(tasks):.1f}" for m in scores]), ""]
     return "\n".join([*lines, _row("megabytes", [f"{b / 1e6:.1f}" for b in sizes.values()])])
 
-# %% ../nbs/cli.ipynb #8bbb636d
+# %% ../nbs/cli.ipynb #3534b604
 def write_report(
     out: Path, # folder
     report: dict, # what to store in report.json
@@ -91,7 +92,9 @@ def write_report(
     import matplotlib.pyplot as plt
 
     from tsv_nb.explore.plots import accuracy_bars, accuracy_radar, interference_by_depth
-    (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    partial = out / ".report.json.tmp"
+    partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    os.replace(partial, out / "report.json")
     few = {m: report["scores"][m] for m in ("zero-shot", "Task Arithmetic", "TSV-M", "fine-tuned")}
     figures = {"accuracy.png": accuracy_bars(report["scores"]), "tasks.png": accuracy_radar(few), "interference.png": interference_by_depth(report["interference"])}
     for name, ax in figures.items():
@@ -99,7 +102,7 @@ def write_report(
         plt.close(ax.figure)
     return [out / "report.json", *(out / name for name in figures)]
 
-# %% ../nbs/cli.ipynb #a960d431
+# %% ../nbs/cli.ipynb #09502256
 def run_demo(
     tasks: int = 8, # number of tasks, 1 to 20
     out: str | Path = "tsv_demo_out", # folder for the results
@@ -108,11 +111,14 @@ def run_demo(
 ) -> dict: # the report
     "Fine-tune or load the tasks, run every method, write the results."
     from tsv_nb.vision.evaluate import load_world
+    from tsv_nb.vision.glyphs import GLYPH_TASKS
     start, out = time.perf_counter(), Path(out)
-    if out.exists() and not out.is_dir(): raise ValueError(f"{str(out)!r} is a file; choose another folder for the results.")
+    if tasks not in range(1, len(GLYPH_TASKS) + 1): raise ValueError(f"tasks must be between 1 and {len(GLYPH_TASKS)}, got {tasks}.")
+    (out / "compressed").mkdir(parents=True, exist_ok=True) # now: a folder that cannot be written should not fail minutes later
     world = load_world(n_tasks=tasks, seed=seed, progress=progress)
     ready = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    for old in (out / "compressed").glob("*.safetensors"): # of an earlier run with other tasks
+        if old.stem not in world.names: old.unlink()
     report = demo_scores(world, out)
     report["interference"] = interference_by_layer(world.vectors)
     report["options"] = dict(tasks=world.names, seed=seed)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_for_ratio', 'CompressedTaskVector', 'compress', 'save_atomic']
 
-# %% ../nbs/method/03_compress.ipynb #7059f924
+# %% ../nbs/method/03_compress.ipynb #aa62d215
 import json
 import os
 import uuid
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checks import check_finite, check_same_keys
+from .checks import check_finite, check_rank, check_same_keys, check_state_dict
 from .low_rank import Factors, numerical_rank, reconstruct, truncated_svd
 from .task_vectors import apply_task_vector, at_least_float32, is_matrix
 
@@ -64,7 +64,7 @@ class CompressedTaskVector:
         whole = {n: reconstruct(f) for n, f in self.factors.items()} | self.dense
         return {n: t.to(self.dtypes[n]) for n, t in whole.items()}
 
-# %% ../nbs/method/03_compress.ipynb #f5fc9cb1
+# %% ../nbs/method/03_compress.ipynb #fc461e56
 def _components(delta: Tensor, rank: int | None, ratio: float, fraction: float | None) -> int:
     "The number of components to keep of one matrix, before rounding noise is dropped."
     r = min(delta.shape)
@@ -72,7 +72,7 @@ def _components(delta: Tensor, rank: int | None, ratio: float, fraction: float |
         if not 0 < fraction <= 1: raise ValueError(f"fraction must be in (0, 1], got {fraction}.")
         return max(1, round(fraction * r))
     if rank is None: return rank_for_ratio(delta.shape, ratio)
-    if rank < 1: raise ValueError(f"rank must be at least 1, got {rank}; leave it out to use ratio={ratio}.")
+    check_rank(rank, f"leave it out to use ratio={ratio}")
     return min(rank, r)
 
 
@@ -85,18 +85,21 @@ def compress(
     exclude: Sequence[str] = ("text_projection",), # keys not to decompose
 ) -> CompressedTaskVector:
     "TSV-C: keep the top singular components of every task matrix."
+    check_state_dict(vector, "task vector")
     rank_for_ratio((1, 1), ratio) # a bad ratio is an error even where no matrix would use it
     if dtype is not None and not dtype.is_floating_point: raise ValueError(f"dtype must be a floating-point type such as torch.float16, got {dtype}.")
     factors, dense = {}, {}
     for name, delta in vector.items():
         check_finite(name, delta, "task vector entry")
+        if not delta.is_floating_point(): raise ValueError(f"entry {name!r} is {delta.dtype}; a task vector holds floating-point tensors only, as task_vector makes it.")
         whole = delta.to(dtype or delta.dtype, copy=True)
+        check_finite(name, whole, f"stored as {whole.dtype}, the entry")
         f = _compress_matrix(delta, _components(delta, rank, ratio, fraction), whole.dtype) if is_matrix(name, delta, exclude) else None
         if f and sum(o.nbytes for o in f) < whole.nbytes: factors[name] = f
         else: dense[name] = whole
     return CompressedTaskVector(factors, dense, {name: delta.dtype for name, delta in vector.items()})
 
-# %% ../nbs/method/03_compress.ipynb #cb89257c
+# %% ../nbs/method/03_compress.ipynb #808a94f1
 def _compress_matrix(delta: Tensor, k: int, dtype: torch.dtype) -> Factors:
     "The k largest components of a matrix that are above rounding noise, stored in `dtype`."
     if min(delta.shape) == 0 or not delta.any():
@@ -104,7 +107,8 @@ def _compress_matrix(delta: Tensor, k: int, dtype: torch.dtype) -> Factors:
         return Factors(new((m, 0), dtype=dtype), new(0, dtype=torch.float32), new((0, n), dtype=dtype))
     U, S, Vh = truncated_svd(at_least_float32(delta), k)
     U, S, Vh = Factors(U, S, Vh).truncate(int(numerical_rank(S, delta.shape, S.dtype)))
-    return Factors(U.to(dtype).contiguous(), S.to(torch.float32 if dtype.itemsize < 4 else dtype).contiguous(), Vh.to(dtype).contiguous())
+    # copies: a view would keep the whole SVD in memory
+    return Factors(U.to(dtype, copy=True), S.to(torch.float32 if dtype.itemsize < 4 else dtype, copy=True), Vh.to(dtype, copy=True))
 
 # %% ../nbs/method/03_compress.ipynb #7ee194da
 @patch
@@ -180,7 +184,7 @@ def _factors(path: Path, tensors: dict[str, Tensor], name: str) -> Factors:
         if f.U.ndim == f.Vh.ndim == 2 and f.S.ndim == 1 and f.U.shape[1] == f.S.shape[0] == f.Vh.shape[0]: return f
     raise ValueError(f"{str(path)!r} is damaged: the factors of matrix {name!r} are incomplete; write it again with `save`.")
 
-# %% ../nbs/method/03_compress.ipynb #687635ab
+# %% ../nbs/method/03_compress.ipynb #9fe06101
 @patch(cls_method=True)
 def load(
     cls: CompressedTaskVector,
@@ -191,6 +195,7 @@ def load(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no compressed task vector at {str(path)!r}; check the path.")
     meta, tensors = _read(path, device)
-    dtypes = {name: getattr(torch, d) for name, d in json.loads(meta["dtypes"]).items()}
+    try: dtypes = {name: getattr(torch, d) for name, d in json.loads(meta["dtypes"]).items()}
+    except (KeyError, AttributeError, ValueError) as e: raise ValueError(f"{str(path)!r} is damaged: its header does not list the entries' types; write it again with `save`.") from e
     dense = {key.removeprefix("dense/"): t for key, t in tensors.items() if key.startswith("dense/")}
     return cls({name: _factors(path, tensors, name) for name in dtypes if name not in dense}, dense, dtypes)

@@ -6,15 +6,15 @@
 __all__ = ['NORMS', 'stack_factors', 'singular_task_interference', 'layer_factors', 'interference_by_layer',
            'pairwise_interference']
 
-# %% ../nbs/method/04_interference.ipynb #5c0e9ade
+# %% ../nbs/method/04_interference.ipynb #9d2531b7
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import check_option
-from .low_rank import Factors, numerical_rank, truncated_svd
+from .checks import check_option, check_rank
+from .low_rank import Factors, full_svd, numerical_rank, truncated_svd
 from .task_vectors import Vectors, at_least_float32, is_matrix, named_vectors
 
 # %% ../nbs/method/04_interference.ipynb #4eee1b6a
@@ -26,11 +26,11 @@ def stack_factors(
     def _grow(f): return pad(f.U, (0, k - f.rank)), pad(f.S, (0, k - f.rank)), pad(f.Vh, (0, 0, 0, k - f.rank))
     return Factors(*(torch.stack(parts) for parts in zip(*map(_grow, factors))))
 
-# %% ../nbs/method/04_interference.ipynb #ec0064d7
+# %% ../nbs/method/04_interference.ipynb #2efdd170
 NORMS = {
     "entrywise": lambda x: x.abs().sum((-2, -1)),
-    "nuclear": lambda x: torch.linalg.svdvals(x).sum(-1),
-    "operator": lambda x: torch.linalg.svdvals(x).amax(-1),
+    "nuclear": lambda x: full_svd(x).S.sum(-1),
+    "operator": lambda x: full_svd(x).S.amax(-1),
 }
 
 
@@ -54,24 +54,26 @@ def singular_task_interference(
     if S.numel() == 0: return S.new_zeros(S.shape[:-2])
     return NORMS[norm]((_overlap(U) * S.flatten(-2).unsqueeze(-2)) @ _overlap(Vh.mT))
 
-# %% ../nbs/method/04_interference.ipynb #45cbea2d
+# %% ../nbs/method/04_interference.ipynb #f9e76a42
 def layer_factors(
     deltas: Sequence[Tensor], # one (m, n) task matrix per task
     rank: int, # components per task, before rounding noise is dropped
 ) -> list[Factors]: # one per task; a zero matrix gets rank 0
     "The truncated SVDs of one layer's task matrices, without components that are rounding noise."
     result = []
-    for x in map(at_least_float32, deltas):
+    for delta in deltas:
+        x = at_least_float32(delta)
         m, n = x.shape
         if not x.any(): result.append(Factors(x.new_zeros(m, 0), x.new_zeros(0), x.new_zeros(0, n))); continue
         f = truncated_svd(x, min(rank, m, n))
-        result.append(f.truncate(int(numerical_rank(f.S, x.shape)))) # float32's noise level, in float64 too
+        stored = delta.dtype if delta.dtype.itemsize < 4 else torch.float32 # float32's noise level for float64, too
+        result.append(f.truncate(int(numerical_rank(f.S, x.shape, stored))))
     return result
 
-# %% ../nbs/method/04_interference.ipynb #9ec95175
+# %% ../nbs/method/04_interference.ipynb #de414998
 def _matrices(vectors: Vectors, rank: int | None, exclude: Sequence[str]):
     "Yield (name, stacked factors) for every task matrix."
-    if rank is not None and rank < 1: raise ValueError(f"rank must be at least 1, got {rank}; leave it out for min(m, n) // T.")
+    if rank is not None: check_rank(rank, "leave it out for min(m, n) // T")
     vectors = named_vectors(vectors)
     for name, entry in next(iter(vectors.values())).items():
         if not is_matrix(name, entry, exclude): continue

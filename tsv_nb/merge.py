@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLAR_METHODS', 'orthogonalize', 'Treatment', 'merge_plan', 'whiten_factors', 'tsv_merge']
 
-# %% ../nbs/method/05_merge.ipynb #89ef720b
+# %% ../nbs/method/05_merge.ipynb #80f9050b
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import check_option
+from .checks import check_option, check_rank
 from .interference import layer_factors
-from .low_rank import Factors, reconstruct
+from .low_rank import Factors, full_svd, reconstruct
 from .task_vectors import Vectors, at_least_float32, is_matrix, named_vectors, task_weights
 
-# %% ../nbs/method/05_merge.ipynb #f51c3ffd
+# %% ../nbs/method/05_merge.ipynb #693ee894
 def _polar_svd(X: Tensor, tol: float) -> Tensor:
     "P Q^T from X = P diag(s) Q^T, without the directions of X's null space."
-    if X.shape[-2] < X.shape[-1]: return _polar_svd(X.mT, tol).mT # LAPACK is faster on tall matrices
-    P, s, Qh = torch.linalg.svd(X, full_matrices=False)
+    P, s, Qh = full_svd(X)
     keep = s > tol * s[..., :1]
     return (P * keep.unsqueeze(-2)) @ Qh
 
@@ -71,7 +70,7 @@ def _share(name: str, shape: tuple[int, int], n_tasks: int, rank: int | str | No
     hint = f"lower rank to at most {r // n_tasks}, " if rank and r >= n_tasks else ""
     raise ValueError(f"tensor {name!r}: {problem}; {hint}merge fewer tasks, exclude the tensor, or pass small='average'.")
 
-# %% ../nbs/method/05_merge.ipynb #b7cec880
+# %% ../nbs/method/05_merge.ipynb #f8fe3826
 def _blocks(name: str, entry: Tensor, split: str | None) -> tuple[Tensor, ...]:
     "The matrices that an entry is merged as: itself, or the thirds of a fused q, k, v."
     if split != "qkv" or not name.endswith("in_proj_weight"): return (entry,)
@@ -94,8 +93,7 @@ def _plan(vectors, rank, split, small, exclude) -> dict[str, Treatment]:
     "The plan for task vectors that have been checked."
     check_option("value for small", small, ("raise", "average"))
     check_option("split", split, (None, "qkv"))
-    if rank != "full" and rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be at least 1, 'full', or None for min(m, n) // T; got {rank!r}.")
+    if rank not in ("full", None): check_rank(rank, "or pass 'full' for all components, or leave it out for min(m, n) // T")
     plan = {}
     for name, entry in next(iter(vectors.values())).items():
         if not any(v[name].any() for v in vectors.values()): plan[name] = Treatment("zero", 0, "did not move in any task")

@@ -6,20 +6,21 @@
 __all__ = ['Vectors', 'at_least_float32', 'task_vector', 'apply_task_vector', 'named_vectors', 'task_arithmetic', 'task_weights',
            'weight_average', 'is_matrix']
 
-# %% ../nbs/method/01_task_vectors.ipynb #bcbaed0d
+# %% ../nbs/method/01_task_vectors.ipynb #03508a3f
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import StateDictKeyError, check_finite, check_match, check_same_keys
+from .checks import StateDictKeyError, check_finite, check_match, check_same_keys, check_state_dict
 
-# %% ../nbs/method/01_task_vectors.ipynb #db48e795
+# %% ../nbs/method/01_task_vectors.ipynb #87d3a744
 def at_least_float32(
     x: Tensor,
 ) -> Tensor: # `x` in float32 if it is half precision, else `x` itself
     "The precision in which this library computes."
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
 
 
 def task_vector(
@@ -27,22 +28,29 @@ def task_vector(
     finetuned: Mapping[str, Tensor], # theta_t, a state dict with the same keys and shapes
 ) -> dict[str, Tensor]: # tau_t, in the dtype of `finetuned`, without integer and boolean buffers
     "The task vector `finetuned - pretrained`."
+    check_state_dict(pretrained, "pre-trained state dict")
+    check_state_dict(finetuned, "fine-tuned state dict")
     check_same_keys(pretrained, finetuned, "fine-tuned state dict")
     tau = {}
     for name, start in pretrained.items():
+        if start.is_floating_point() != finetuned[name].is_floating_point():
+            raise ValueError(f"tensor {name!r} is {start.dtype} in one checkpoint and {finetuned[name].dtype} in the other; "
+                             "convert both to the same kind (quantized weights have to be dequantized first).")
         if not start.is_floating_point(): continue
         check_finite(name, start, "pre-trained tensor")
         check_match(name, start, finetuned[name], "fine-tuned tensor")
         tau[name] = (at_least_float32(finetuned[name]) - at_least_float32(start)).to(finetuned[name].dtype)
     return tau
 
-# %% ../nbs/method/01_task_vectors.ipynb #f61adb26
+# %% ../nbs/method/01_task_vectors.ipynb #f44f47c9
 def apply_task_vector(
     pretrained: Mapping[str, Tensor], # theta_0
     vector: Mapping[str, Tensor], # a task vector with an entry for every floating-point tensor of theta_0
     alpha: float = 1., # scale of the task vector
 ) -> dict[str, Tensor]: # theta_0 + alpha * tau, new tensors in the dtypes of `pretrained`
     "Add `alpha` times a task vector to a checkpoint; buffers are copied."
+    check_state_dict(pretrained, "pre-trained state dict")
+    if not math.isfinite(alpha): raise ValueError(f"alpha must be a finite number, got {alpha}.")
     check_same_keys({k: v for k, v in pretrained.items() if v.is_floating_point()}, vector, "task vector")
     result = {}
     for name, start in pretrained.items():
@@ -51,7 +59,7 @@ def apply_task_vector(
         result[name] = (at_least_float32(start) + alpha * at_least_float32(vector[name])).to(start.dtype)
     return result
 
-# %% ../nbs/method/01_task_vectors.ipynb #2e13b65e
+# %% ../nbs/method/01_task_vectors.ipynb #7559e1f1
 Vectors = Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]]
 
 
@@ -65,13 +73,16 @@ def named_vectors(
         if not isinstance(vector, Mapping):
             raise TypeError(f"task {task!r}: expected a task vector (a dict of tensors), got {type(vector).__name__}; "
                             "pass {task name: task vector}, or a list of task vectors.")
+        check_state_dict(vector, f"task {task!r}")
+        whole = [name for name, entry in vector.items() if not entry.is_floating_point()]
+        if whole: raise ValueError(f"task {task!r}: tensor {whole[0]!r} is {vector[whole[0]].dtype}; a task vector holds floating-point tensors only, as task_vector makes it.")
     first, reference = next(iter(vectors.items()))
     for task, vector in vectors.items():
         check_same_keys(reference, vector, f"task {task!r} (compared with {first!r})")
         for name, entry in vector.items(): check_match(name, reference[name], entry, f"task {task!r}: tensor")
     return dict(vectors)
 
-# %% ../nbs/method/01_task_vectors.ipynb #0e405447
+# %% ../nbs/method/01_task_vectors.ipynb #e049cdae
 def task_arithmetic(
     vectors: Vectors, # the task vectors
     weights: Sequence[float] | None = None, # one factor per task (default: 1 for each)
@@ -92,8 +103,10 @@ def task_weights(
     if weights is None: return [1.] * len(vectors)
     if isinstance(weights, Mapping):
         check_same_keys(vectors, weights, "weights")
-        return [float(weights[task]) for task in vectors]
+        weights = [weights[task] for task in vectors]
     if len(weights) != len(vectors): raise ValueError(f"{len(weights)} weights for {len(vectors)} tasks; give one per task.")
+    for task, w in zip(vectors, weights):
+        if not math.isfinite(w): raise ValueError(f"the weight of task {task!r} must be a finite number, got {w}.")
     return [float(w) for w in weights]
 
 

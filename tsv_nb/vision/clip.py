@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import check_match, check_option, check_same_keys
 
-# %% ../../nbs/vision/20_clip.ipynb #7c37f301
+# %% ../../nbs/vision/20_clip.ipynb #dcf7e613
 def load_clip(
     arch: str = "glyph", # an open_clip architecture such as "ViT-B-32", or "glyph" for the small model that is shipped
     pretrained: str | None = None, # open_clip tag such as "openai", or a checkpoint file; None: the shipped file for "glyph", else untrained
@@ -26,7 +26,9 @@ def load_clip(
         return load_glyph_clip(pretrained, device)
     import open_clip
     check_option("architecture", arch, ["glyph", *open_clip.list_models()])
-    model, _, preprocess = open_clip.create_model_and_transforms(arch, pretrained=pretrained, device=device)
+    # OpenAI trained with QuickGELU; with the usual GELU their weights would load and be subtly wrong
+    quick = bool(pretrained and (open_clip.get_pretrained_cfg(arch, pretrained) or {}).get("quick_gelu"))
+    model, _, preprocess = open_clip.create_model_and_transforms(arch, pretrained=pretrained, device=device, force_quick_gelu=quick)
     return model.eval(), open_clip.get_tokenizer(arch), preprocess
 
 # %% ../../nbs/vision/20_clip.ipynb #2d0389a0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINETUNE', 'state_digest', 'glyph_base', 'finetune', 'cache_path', 'finetuned_state']
 
-# %% ../../nbs/vision/23_finetune.ipynb #7b67c043
+# %% ../../nbs/vision/23_finetune.ipynb #af54ef59
 import copy
 import hashlib
 import json
@@ -22,17 +22,20 @@ from tqdm.auto import tqdm
 
 from ..checks import check_option
 from ..compress import save_atomic
-from .clip import ImageEncoder, image_state, load_clip, zeroshot_head
+from .clip import TEMPLATES, ImageEncoder, image_state, load_clip, zeroshot_head
 from .glyphs import GLYPH_TASKS, SPLIT_SIZES, task_images
 
-# %% ../../nbs/vision/23_finetune.ipynb #c2e5bbc6
+# %% ../../nbs/vision/23_finetune.ipynb #d652599c
 FINETUNE = dict(steps=100, lr=5e-4, batch=128, warmup=10, logit_scale=12.)
 
 
 def _recipe(changes: Mapping[str, float]) -> dict[str, float]:
     "FINETUNE with some entries replaced."
     for name in changes: check_option("entry of the recipe", name, FINETUNE)
-    return FINETUNE | changes
+    recipe = FINETUNE | changes
+    for name in ("steps", "batch", "warmup"):
+        if recipe[name] < 1: raise ValueError(f"{name} must be at least 1, got {recipe[name]}.")
+    return recipe
 
 
 def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -67,7 +70,7 @@ def glyph_base() -> tuple: # model; tokenizer; digest of its image tower
     model, tokenizer, _ = load_clip("glyph")
     return model, tokenizer, state_digest(image_state(model))
 
-# %% ../../nbs/vision/23_finetune.ipynb #af242530
+# %% ../../nbs/vision/23_finetune.ipynb #15c5d046
 def finetune(
     model_state: Mapping[str, Tensor], # image tower to start from, as from `image_state`
     head: Tensor, # (n_classes, embed), frozen
@@ -79,6 +82,7 @@ def finetune(
     **recipe, # entries of FINETUNE to replace: steps, lr, batch, warmup, logit_scale
 ) -> dict[str, Tensor]: # the image tower's state dict after fine-tuning
     "Move one image tower to one task."
+    if not len(labels): raise ValueError("no image to fine-tune on; pass at least one.")
     recipe, model = _recipe(recipe), copy.deepcopy(model or glyph_base()[0])
     encoder = ImageEncoder(model).load_state(model_state).train()
     optimizer = torch.optim.AdamW(encoder.parameters(), recipe["lr"], betas=(.9, .99), weight_decay=0.)
@@ -86,6 +90,7 @@ def finetune(
     batches = _batches(len(labels), recipe["batch"], recipe["steps"], seed)
     for i in tqdm(batches, total=recipe["steps"], desc=progress, disable=progress is None, leave=False):
         loss = F.cross_entropy(recipe["logit_scale"] * encoder(images[i]) @ head.T, labels[i])
+        if not loss.isfinite(): raise ValueError(f"the loss is {loss.item()}: fine-tuning diverged; lower lr (now {recipe['lr']:g}) or check the images.")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.)
@@ -93,7 +98,7 @@ def finetune(
         schedule.step()
     return image_state(model)
 
-# %% ../../nbs/vision/23_finetune.ipynb #4de5e0b0
+# %% ../../nbs/vision/23_finetune.ipynb #8bdc7885
 _VERSION = 1 # to be raised when the code, not the recipe, changes what fine-tuning gives
 
 
@@ -104,10 +109,12 @@ def cache_path(
     **recipe, # entries of FINETUNE to replace
 ) -> Path: # a .safetensors file, there or not
     "Where a fine-tuned tower is kept: another recipe or another base is another file."
+    import matplotlib
     from platformdirs import user_cache_dir
     check_option("task", name, GLYPH_TASKS)
     folder, task = Path(cache_dir or os.environ.get("TSV_NB_CACHE") or user_cache_dir("tsv-nb")), GLYPH_TASKS[name]
-    facts = [_VERSION, _recipe(recipe), SPLIT_SIZES, name, task.chars, vars(task.domain), seed, glyph_base()[2]]
+    facts = [_VERSION, _recipe(recipe), SPLIT_SIZES, name, task.chars, vars(task.domain), seed, glyph_base()[2], TEMPLATES,
+             matplotlib.__version__] # the fonts come with it
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return folder / f"{name}-s{seed}-{digest[:16]}.safetensors"
 
