@@ -150,3 +150,9 @@ def test_every_notebook_is_in_the_sidebar():
     listed = set(re.findall(r"- ([\w/]+\.ipynb)", (ROOT / "_quarto.yml").read_text()))
     there = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
     assert listed == there
+
+
+def test_the_site_can_be_processed():
+    "What nbdev_docs does before Quarto: a cell that mixes imports and other code breaks it."
+    out = run(sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(force=True)", cwd=ROOT)
+    assert out.returncode == 0 and "imports and other code" not in out.stderr, out.stderr[-2000:]
