@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StateDictKeyError', 'check_same_keys', 'check_finite', 'check_match', 'check_option', 'check_state_dict',
-           'check_rank']
+           'check_vector', 'check_rank']
 
 # %% ../nbs/method/00a_checks.ipynb #9d5dbb47
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ def check_option(
     "Raise if `value` is not one of the `known` values of an option."
     if value not in known: raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(repr, known))}.")
 
-# %% ../nbs/method/00a_checks.ipynb #5d202a30
+# %% ../nbs/method/00a_checks.ipynb #9792fe9b
 def check_state_dict(
     state: Mapping[str, Tensor], # what was passed
     what: str = "state dict", # how the message calls it
@@ -75,6 +75,17 @@ def check_state_dict(
         if isinstance(value, Tensor): continue
         hint = f"; pass checkpoint[{name!r}]" if isinstance(value, Mapping) else "; keep only the tensors"
         raise TypeError(f"{what}: entry {name!r} is a {type(value).__name__}, not a tensor{hint}.")
+
+
+def check_vector(
+    vector: Mapping[str, Tensor], # what was passed as a task vector
+    what: str = "task vector", # how the message calls it
+) -> None: # raises `TypeError` or `ValueError`
+    "Raise if `vector` is not a mapping from names to floating-point tensors."
+    check_state_dict(vector, what)
+    for name, entry in vector.items():
+        if not entry.is_floating_point():
+            raise ValueError(f"{what}: tensor {name!r} is {entry.dtype}; a task vector holds floating-point tensors only, as task_vector makes it.")
 
 
 def check_rank(

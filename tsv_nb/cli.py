@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_states', 'demo_scores', 'demo_table', 'write_report', 'run_demo', 'tsv_demo']
 
-# %% ../nbs/cli.ipynb #e33cb436
+# %% ../nbs/cli.ipynb #fd924b4b
 import json
 import os
 import platform
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse
-from safetensors.torch import load_file
 
 from .compress import CompressedTaskVector, compress, save_atomic
 from .interference import interference_by_layer

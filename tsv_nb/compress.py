@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_for_ratio', 'CompressedTaskVector', 'compress', 'save_atomic']
 
-# %% ../nbs/method/03_compress.ipynb #aa62d215
+# %% ../nbs/method/03_compress.ipynb #6579715a
 import json
 import os
 import uuid
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checks import check_finite, check_rank, check_same_keys, check_state_dict
+from .checks import check_finite, check_rank, check_same_keys, check_vector
 from .low_rank import Factors, numerical_rank, reconstruct, truncated_svd
 from .task_vectors import apply_task_vector, at_least_float32, is_matrix
 
@@ -64,7 +64,7 @@ class CompressedTaskVector:
         whole = {n: reconstruct(f) for n, f in self.factors.items()} | self.dense
         return {n: t.to(self.dtypes[n]) for n, t in whole.items()}
 
-# %% ../nbs/method/03_compress.ipynb #fc461e56
+# %% ../nbs/method/03_compress.ipynb #4a3a14e2
 def _components(delta: Tensor, rank: int | None, ratio: float, fraction: float | None) -> int:
     "The number of components to keep of one matrix, before rounding noise is dropped."
     r = min(delta.shape)
@@ -85,13 +85,12 @@ def compress(
     exclude: Sequence[str] = ("text_projection",), # keys not to decompose
 ) -> CompressedTaskVector:
     "TSV-C: keep the top singular components of every task matrix."
-    check_state_dict(vector, "task vector")
+    check_vector(vector)
     rank_for_ratio((1, 1), ratio) # a bad ratio is an error even where no matrix would use it
     if dtype is not None and not dtype.is_floating_point: raise ValueError(f"dtype must be a floating-point type such as torch.float16, got {dtype}.")
     factors, dense = {}, {}
     for name, delta in vector.items():
         check_finite(name, delta, "task vector entry")
-        if not delta.is_floating_point(): raise ValueError(f"entry {name!r} is {delta.dtype}; a task vector holds floating-point tensors only, as task_vector makes it.")
         whole = delta.to(dtype or delta.dtype, copy=True)
         check_finite(name, whole, f"stored as {whole.dtype}, the entry")
         f = _compress_matrix(delta, _components(delta, rank, ratio, fraction), whole.dtype) if is_matrix(name, delta, exclude) else None

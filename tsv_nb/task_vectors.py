@@ -6,14 +6,13 @@
 __all__ = ['Vectors', 'at_least_float32', 'task_vector', 'apply_task_vector', 'named_vectors', 'task_arithmetic', 'task_weights',
            'weight_average', 'is_matrix']
 
-# %% ../nbs/method/01_task_vectors.ipynb #03508a3f
+# %% ../nbs/method/01_task_vectors.ipynb #8ad9acd3
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from .checks import StateDictKeyError, check_finite, check_match, check_same_keys, check_state_dict
+from .checks import check_finite, check_match, check_same_keys, check_state_dict, check_vector
 
 # %% ../nbs/method/01_task_vectors.ipynb #87d3a744
 def at_least_float32(
@@ -59,7 +58,7 @@ def apply_task_vector(
         result[name] = (at_least_float32(start) + alpha * at_least_float32(vector[name])).to(start.dtype)
     return result
 
-# %% ../nbs/method/01_task_vectors.ipynb #7559e1f1
+# %% ../nbs/method/01_task_vectors.ipynb #9b7be131
 Vectors = Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]]
 
 
@@ -73,9 +72,7 @@ def named_vectors(
         if not isinstance(vector, Mapping):
             raise TypeError(f"task {task!r}: expected a task vector (a dict of tensors), got {type(vector).__name__}; "
                             "pass {task name: task vector}, or a list of task vectors.")
-        check_state_dict(vector, f"task {task!r}")
-        whole = [name for name, entry in vector.items() if not entry.is_floating_point()]
-        if whole: raise ValueError(f"task {task!r}: tensor {whole[0]!r} is {vector[whole[0]].dtype}; a task vector holds floating-point tensors only, as task_vector makes it.")
+        check_vector(vector, f"task {task!r}")
     first, reference = next(iter(vectors.items()))
     for task, vector in vectors.items():
         check_same_keys(reference, vector, f"task {task!r} (compared with {first!r})")
