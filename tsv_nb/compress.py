@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_for_ratio', 'CompressedTaskVector', 'compress', 'save_atomic']
 
-# %% ../nbs/method/03_compress.ipynb #6579715a
+# %% ../nbs/method/03_compress.ipynb #63ebd8c8
 import json
 import os
 import uuid
@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checks import check_finite, check_rank, check_same_keys, check_vector
-from .low_rank import Factors, numerical_rank, reconstruct, truncated_svd
+from .kernels.reconstruct import lowrank_reconstruct, lowrank_reconstruct_grouped
+from .low_rank import Factors, numerical_rank, truncated_svd
 from .task_vectors import apply_task_vector, at_least_float32, is_matrix
 
 # %% ../nbs/method/03_compress.ipynb #59befcd4
@@ -33,7 +34,7 @@ def rank_for_ratio(
     m, n = shape
     return max(1, min(m, n, int(ratio * m * n / (m + n + 1))))
 
-# %% ../nbs/method/03_compress.ipynb #3a877892
+# %% ../nbs/method/03_compress.ipynb #7247c654
 @dataclass(frozen=True)
 class CompressedTaskVector:
     "A task vector whose matrices are stored as truncated SVDs."
@@ -61,8 +62,8 @@ class CompressedTaskVector:
 
     def decompress(self) -> dict[str, Tensor]: # an ordinary task vector, in the original dtypes
         "Multiply all factors out."
-        whole = {n: reconstruct(f) for n, f in self.factors.items()} | self.dense
-        return {n: t.to(self.dtypes[n]) for n, t in whole.items()}
+        whole = {n: lowrank_reconstruct(*f, out_dtype=self.dtypes[n]) for n, f in self.factors.items()}
+        return whole | {n: t.to(self.dtypes[n]) for n, t in self.dense.items()}
 
 # %% ../nbs/method/03_compress.ipynb #4a3a14e2
 def _components(delta: Tensor, rank: int | None, ratio: float, fraction: float | None) -> int:
@@ -109,7 +110,7 @@ def _compress_matrix(delta: Tensor, k: int, dtype: torch.dtype) -> Factors:
     # copies: a view would keep the whole SVD in memory
     return Factors(U.to(dtype, copy=True), S.to(torch.float32 if dtype.itemsize < 4 else dtype, copy=True), Vh.to(dtype, copy=True))
 
-# %% ../nbs/method/03_compress.ipynb #7ee194da
+# %% ../nbs/method/03_compress.ipynb #109ac8eb
 @patch
 def apply_to(
     self: CompressedTaskVector,
@@ -124,7 +125,7 @@ def apply_to(
         if f.matrix_shape != floats[name].shape:
             raise ValueError(f"compressed matrix {name!r} has shape {tuple(f.matrix_shape)}, the base has {tuple(floats[name].shape)}; "
                              "the archive was made from another architecture.")
-        result[name] = reconstruct(f, base=floats[name], alpha=alpha)
+    result |= dict(zip(self.factors, lowrank_reconstruct_grouped(list(self.factors.values()), [floats[n] for n in self.factors], alpha)))
     return {n: result[n] if n in result else t.clone() for n, t in pretrained.items()}
 
 # %% ../nbs/method/03_compress.ipynb #343dd1cc

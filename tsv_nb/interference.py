@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'stack_factors', 'singular_task_interference', 'layer_factors', 'interference_by_layer',
            'pairwise_interference']
 
-# %% ../nbs/method/04_interference.ipynb #9d2531b7
+# %% ../nbs/method/04_interference.ipynb #dbbde7a1
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .checks import check_option, check_rank
-from .low_rank import Factors, full_svd, numerical_rank, truncated_svd
-from .task_vectors import Vectors, at_least_float32, is_matrix, named_vectors
+from .kernels.interference import interference_score
+from .low_rank import Factors, numerical_rank, truncated_svd
+from .task_vectors import Vectors, at_least_float32, entries_of, header, is_matrix, named_vectors
 
 # %% ../nbs/method/04_interference.ipynb #4eee1b6a
 def stack_factors(
@@ -26,12 +27,8 @@ def stack_factors(
     def _grow(f): return pad(f.U, (0, k - f.rank)), pad(f.S, (0, k - f.rank)), pad(f.Vh, (0, 0, 0, k - f.rank))
     return Factors(*(torch.stack(parts) for parts in zip(*map(_grow, factors))))
 
-# %% ../nbs/method/04_interference.ipynb #2efdd170
-NORMS = {
-    "entrywise": lambda x: x.abs().sum((-2, -1)),
-    "nuclear": lambda x: full_svd(x).S.sum(-1),
-    "operator": lambda x: full_svd(x).S.amax(-1),
-}
+# %% ../nbs/method/04_interference.ipynb #6c313550
+NORMS = ("entrywise", "nuclear", "operator")
 
 
 def _overlap(X: Tensor) -> Tensor:
@@ -50,35 +47,41 @@ def singular_task_interference(
 ) -> Tensor: # (...) STI, in the unit of the singular values
     "The paper's interference score of a layer, or of a batch of layers."
     check_option("norm", norm, NORMS)
+    if norm == "entrywise": return interference_score(U, S, Vh)
     U, S, Vh = map(at_least_float32, (U, S, Vh))
     if S.numel() == 0: return S.new_zeros(S.shape[:-2])
-    return NORMS[norm]((_overlap(U) * S.flatten(-2).unsqueeze(-2)) @ _overlap(Vh.mT))
+    sigma = torch.linalg.svdvals((_overlap(U) * S.flatten(-2).unsqueeze(-2)) @ _overlap(Vh.mT))
+    return sigma.sum(-1) if norm == "nuclear" else sigma.amax(-1)
 
-# %% ../nbs/method/04_interference.ipynb #f9e76a42
+# %% ../nbs/method/04_interference.ipynb #4a36b74f
 def layer_factors(
-    deltas: Sequence[Tensor], # one (m, n) task matrix per task
+    deltas: Sequence[Tensor], # one (m, n) task matrix per task, or (..., m, n) for several layers of one shape
     rank: int, # components per task, before rounding noise is dropped
-) -> list[Factors]: # one per task; a zero matrix gets rank 0
+) -> list[Factors]: # one per task; a zero matrix gets rank 0 (in a batch: as many columns as its largest needs, zeros elsewhere)
     "The truncated SVDs of one layer's task matrices, without components that are rounding noise."
-    result = []
-    for delta in deltas:
-        x = at_least_float32(delta)
-        m, n = x.shape
-        if not x.any(): result.append(Factors(x.new_zeros(m, 0), x.new_zeros(0), x.new_zeros(0, n))); continue
-        f = truncated_svd(x, min(rank, m, n))
-        stored = delta.dtype if delta.dtype.itemsize < 4 else torch.float32 # float32's noise level for float64, too
-        result.append(f.truncate(int(numerical_rank(f.S, x.shape, stored))))
-    return result
+    stored = deltas[0].dtype if deltas[0].dtype.itemsize < 4 else torch.float32 # float32's noise level for float64, too
+    x = at_least_float32(torch.stack(tuple(deltas)))
+    m, n = x.shape[-2:]
+    k = min(rank, m, n)
+    U, S, Vh = (x.new_zeros(*x.shape[:-2], *shape) for shape in ((m, k), (k,), (k, n)))
+    moved = x.flatten(-2).any(-1) # (T, ...): matrices that are not zero
+    if moved.any():
+        f = truncated_svd(x[moved], k)
+        real = torch.arange(k, device=x.device) < numerical_rank(f.S, (m, n), stored).unsqueeze(-1)
+        U[moved], S[moved], Vh[moved] = f.U * real.unsqueeze(-2), f.S * real, f.Vh * real.unsqueeze(-1)
+    ranks = (S > 0).sum(-1).flatten(1).amax(1).tolist() if S.numel() else [0] * len(S)
+    return [Factors(*parts).truncate(r) for *parts, r in zip(U, S, Vh, ranks)]
 
-# %% ../nbs/method/04_interference.ipynb #de414998
+# %% ../nbs/method/04_interference.ipynb #d86bc20f
 def _matrices(vectors: Vectors, rank: int | None, exclude: Sequence[str]):
     "Yield (name, stacked factors) for every task matrix."
     if rank is not None: check_rank(rank, "leave it out for min(m, n) // T")
     vectors = named_vectors(vectors)
-    for name, entry in next(iter(vectors.values())).items():
-        if not is_matrix(name, entry, exclude): continue
+    first = next(iter(vectors.values()))
+    for name in first:
+        if not is_matrix(name, entry := header(first, name), exclude): continue
         k = rank or max(1, min(entry.shape) // len(vectors))
-        yield name, stack_factors(layer_factors([v[name] for v in vectors.values()], k))
+        yield name, stack_factors(layer_factors(entries_of(vectors, name), k))
 
 
 def interference_by_layer(
