@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..checks import check_option
 
-# %% ../../nbs/kernels/12_interference.ipynb #5683d266
+# %% ../../nbs/kernels/12_interference.ipynb #0dd48d1e
 def _rows(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "(L, T, m, k), (L, T, k), (L, T, k, n) -> X (L, N, m), S (L, N), Y (L, N, n): one row per singular component."
-    return U.mT.flatten(1, 2).contiguous(), S.flatten(1), Vh.flatten(1, 2).contiguous()
+    return U.mT.flatten(1, 2).contiguous(), S.flatten(1).contiguous(), Vh.flatten(1, 2).contiguous()
 
 # %% ../../nbs/kernels/12_interference.ipynb #644d544a
 def _overlaps(X: Tensor, n_tasks: int) -> Tensor:
