@@ -181,7 +181,7 @@ def test_progress_sees_every_entry(vectors):
 @pytest.mark.parametrize("options, message", [
     (dict(rank=0), "rank must be at least 1"), (dict(rank=-1), "rank must be at least 1"), (dict(rank=2.5), "rank must be at least 1"),
     (dict(rank="all"), "got 'all'"), (dict(rank=5), "tensor 'w': 3 tasks x 5 components do not fit into the 12 .* lower rank to at most 4"),
-    (dict(orthogonalize="qr"), "unknown orthogonalize method 'qr'; known: 'svd', 'eigh'"), (dict(split="kqv"), "unknown split 'kqv'; known: None, 'qkv'"),
+    (dict(orthogonalize="qr"), "unknown orthogonalize method 'qr'; known: 'auto', 'svd', 'eigh', 'newton_schulz'"), (dict(split="kqv"), "unknown split 'kqv'; known: None, 'qkv'"),
     (dict(small="skip"), "known: 'raise', 'average'"), (dict(weights=[1.]), "1 weights for 3 tasks"),
     (dict(weights=[1., float("nan"), 1.]), "weight of task 'task1' must be a finite number"),
 ])

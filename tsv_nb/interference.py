@@ -53,7 +53,7 @@ def singular_task_interference(
     sigma = torch.linalg.svdvals((_overlap(U) * S.flatten(-2).unsqueeze(-2)) @ _overlap(Vh.mT))
     return sigma.sum(-1) if norm == "nuclear" else sigma.amax(-1)
 
-# %% ../nbs/method/04_interference.ipynb #4a36b74f
+# %% ../nbs/method/04_interference.ipynb #4b9ed9b5
 def layer_factors(
     deltas: Sequence[Tensor], # one (m, n) task matrix per task, or (..., m, n) for several layers of one shape
     rank: int, # components per task, before rounding noise is dropped
@@ -69,7 +69,7 @@ def layer_factors(
         f = truncated_svd(x[moved], k)
         real = torch.arange(k, device=x.device) < numerical_rank(f.S, (m, n), stored).unsqueeze(-1)
         U[moved], S[moved], Vh[moved] = f.U * real.unsqueeze(-2), f.S * real, f.Vh * real.unsqueeze(-1)
-    ranks = (S > 0).sum(-1).flatten(1).amax(1).tolist() if S.numel() else [0] * len(S)
+    ranks = (S > 0).sum(-1).reshape(len(S), -1).amax(1).tolist() if S.numel() else [0] * len(S)
     return [Factors(*parts).truncate(r) for *parts, r in zip(U, S, Vh, ranks)]
 
 # %% ../nbs/method/04_interference.ipynb #d86bc20f
