@@ -68,6 +68,19 @@ def graphed(build, device):
     return captured
 
 
+def host_ms(fn, device) -> float | None: # median milliseconds; None on a CPU
+    "How long the host is busy with a call before the device is done: where this is the whole time, launching costs more than the work."
+    if torch.device(device).type != "cuda": return None
+    times = []
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e3)
+    synchronize(device)
+    return sorted(times)[2]
+
+
 def rates(timing: Timing, counts, limits, unit) -> dict:
     "What a time means: bytes/s, FLOP/s, the shares of the ceilings, and the ceiling that binds."
     seconds = timing.ms / 1e3
@@ -98,12 +111,12 @@ class Run:
                 if cuda: torch.cuda.reset_peak_memory_stats(self.device)
                 error, peak = check(fn)
                 if not error <= side.limit: raise WrongResult(f"relative error {error:.3g} is over the limit of {side.limit:.3g}")
-                timing = measure(fn, self.device, **self.timing)
+                timing, host = measure(fn, self.device, **self.timing), host_ms(fn, self.device)
         except FAILURES as e:
             self.data["errors"].append(key | dict(side=name, kind=side.kind, error=type(e).__name__, message=str(e)[:500]))
             synchronize(self.device) # after an illegal access nothing that follows can be trusted: this raises, and the run ends
             return None
-        return dict(kind=side.kind, relative_error=error, limit=side.limit, tf32=side.tf32, peak_bytes=peak - before if peak else None) | rates(timing, side.work, self.limits, side.unit)
+        return dict(kind=side.kind, relative_error=error, limit=side.limit, tf32=side.tf32, peak_bytes=peak - before if peak else None, host_ms=host) | rates(timing, side.work, self.limits, side.unit)
 
     def sides(self, key, sides, check) -> dict:
         "Check and time several; those that fail are left out."

@@ -6,13 +6,14 @@
 # Needs in PYTHON (default python3): torch with CUDA, triton, safetensors, fastcore, tqdm, pytest. Nothing is installed or downloaded.
 # PYTHON=…       the interpreter
 # TOTAL=530      seconds for everything
+# LEAST=15       seconds under which no further step is started
 # SKIP_TESTS=1   go straight to the benchmarks
 # TINY=1         run without a GPU on tiny shapes: a check of this script
 set -u
 cd "$(dirname "$0")/.." || exit 2
 out=${1:-benchmarks/results}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
-python=${PYTHON:-python3} log=$out/gpu.log total=${TOTAL:-530} status=0
+python=${PYTHON:-python3} log=$out/gpu.log total=${TOTAL:-530} least=${LEAST:-15} status=0
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET # the interpreter would hide the compiled kernels
 : >"$log"
@@ -24,7 +25,7 @@ step() {
     local name=$1 limit=$2 rc started=$SECONDS
     shift 2
     [ "$(remaining)" -lt "$limit" ] && limit=$(remaining)
-    if [ "$limit" -lt 15 ]; then echo "$name: skipped, no time left" | tee -a "$log"; return 1; fi
+    if [ "$limit" -lt "$least" ]; then echo "$name: skipped, no time left" | tee -a "$log"; return 1; fi
     echo "+ $*" >>"$log"
     timeout -k 5 "$limit" "$@" >>"$log" 2>&1; rc=$?
     case $rc in 0) ;; 124 | 137) echo "$name: stopped after $limit s (what was finished is written)" | tee -a "$log" ;; *) echo "$name: exit status $rc" | tee -a "$log" ;; esac

@@ -48,10 +48,12 @@ def _wall(fn, device):
 
 
 def _time_cpu(fn, warmup, rep, least):
-    once, spent = _wall(fn, "cpu"), 0.
-    while spent + once < warmup: spent += _wall(fn, "cpu")
-    times = []
-    while len(times) < least or sum(times) < rep: times.append(_wall(fn, "cpu"))
+    spent, times = _wall(fn, "cpu"), []
+    while spent < warmup: spent += _wall(fn, "cpu")
+    spent = 0.
+    while len(times) < least or spent < rep:
+        times.append(_wall(fn, "cpu"))
+        spent += times[-1]
     return Timing.of(times)
 
 

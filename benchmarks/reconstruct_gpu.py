@@ -20,7 +20,7 @@ from torch import Tensor
 from compare import Run, Side, graphed
 from measure import relative_error
 from tsv_nb.compress import rank_for_ratio
-from tsv_nb.kernels.reconstruct import lowrank_reconstruct, lowrank_reconstruct_grouped
+from tsv_nb.kernels.reconstruct import lowrank_reconstruct, lowrank_reconstruct_grouped, reconstruct_traffic
 
 ALPHA = .7 # not 1: a side that forgets it is wrong
 CLIP = {"ViT-B-32": (768, 12, 512), "ViT-L-14": (1024, 24, 768), "tiny-ViT": (20, 2, 12)} # width, layers, embedding, as in open_clip's model configs
@@ -68,9 +68,9 @@ def reference(stacks) -> list[Tensor]:
 
 
 def counts(stacks) -> dict:
-    "Bytes that must move (factors and base read, result written) and FLOPs of the products; the model's dense weights, too."
-    traffic = sum(o.nbytes for st in stacks for o in st)
-    return dict(bytes=traffic, flops=sum(2 * st.out.numel() * st.U.shape[-1] for st in stacks))
+    "Bytes that must move (factors and base read, result written) and FLOPs, of all matrices."
+    each = [reconstruct_traffic(st.out.shape, st.U.shape[-1], st.U.dtype, out_dtype=st.out.dtype) for st in stacks]
+    return dict(bytes=sum(o.bytes for o in each), flops=sum(o.flops for o in each))
 
 
 def checker(stacks, want, mode):
@@ -204,7 +204,7 @@ def configuration(run, model, blocks, ratio, weights, factors, mode, compile_as)
     cuda = run.device.type == "cuda"
     stacks = make(shapes_of(model, blocks), ratio, PAIRS[weights], PAIRS[factors], run.device)
     ranks = {f"{m}x{n}": rank_for_ratio((m, n), ratio) for m, n in shapes_of(model, blocks)}
-    key = dict(model=model, ratio=ratio, weights=weights, factors=factors, mode=mode)
+    key = dict(model=model, ratio=ratio, weights=weights, factors=factors, mode=mode) | (dict(compiled=compile_as) if compile_as else {})
     check = checker(stacks, reference(stacks), mode)
     sides = our_sides(stacks, mode, OURS if factors == "fp32" else (None,)) | torch_sides(stacks, mode, compilers(compile_as, cuda))
     results = run.sides(key, sides, check)
