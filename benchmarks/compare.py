@@ -94,9 +94,10 @@ class Run:
     "One benchmark's results: rows, errors and what was skipped, written after every row, so that a time limit loses only what is not there yet."
     def __init__(self, name, device, out, seconds, tiny=False, settings=None):
         self.device, self.out, self.start, self.seconds, self.tiny = torch.device(device), Path(out), time.perf_counter(), seconds, tiny
-        self.timing = dict(warmup=1, rep=2, least=2) if tiny else dict(warmup=10, rep=40)
+        self.timing = dict(warmup=1, rep=2, least=2) if tiny else dict(warmup=5, rep=30)
         self.data = dict(benchmark=name, tiny=tiny, machine=machine(device), settings=settings or {}, rows=[], errors=[], skipped=[], seconds=0., complete=False)
         self.data["ceilings"] = self.limits = ceilings(device, tiny)
+        self.save() # an older result of this name is gone, whatever happens next
 
     def left(self): return self.seconds - (time.perf_counter() - self.start)
 
@@ -114,6 +115,7 @@ class Run:
                 timing, host = measure(fn, self.device, **self.timing), host_ms(fn, self.device)
         except FAILURES as e:
             self.data["errors"].append(key | dict(side=name, kind=side.kind, error=type(e).__name__, message=str(e)[:500]))
+            self.save()
             synchronize(self.device) # after an illegal access nothing that follows can be trusted: this raises, and the run ends
             return None
         return dict(kind=side.kind, relative_error=error, limit=side.limit, tf32=side.tf32, peak_bytes=peak - before if peak else None, host_ms=host) | rates(timing, side.work, self.limits, side.unit)

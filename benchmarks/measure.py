@@ -63,7 +63,7 @@ def _time_cuda(fn, device, warmup, rep):
         _wall(fn, device) # compilation, handles and tuning stay out
         once = _wall(fn, device)
         if once > SLOW_MS: return Timing.of([_wall(fn, device) for _ in range(3 if once < 5 * SLOW_MS else 2)] + [once])
-        return Timing(*do_bench(fn, warmup=warmup, rep=rep, quantiles=QUANTILES))
+        return Timing(*do_bench(fn, warmup=warmup, rep=max(rep, 10 * once), quantiles=QUANTILES)) # ten calls at least, or quantiles say little
 
 
 def measure(

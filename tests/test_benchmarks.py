@@ -163,6 +163,16 @@ def test_reconstruct_catches(fault, tmp_path, monkeypatch, capsys):
     assert "ERROR" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode", ["copy", "add"])
+def test_a_side_that_does_nothing_is_caught_after_a_right_one(mode):
+    stacks = reconstruct_gpu.make({(20, 12): 2, (8, 8): 1}, .5, torch.float32, torch.float32, torch.device("cpu"))
+    check = reconstruct_gpu.checker(stacks, reconstruct_gpu.reference(stacks), mode)
+    for _ in range(2): # twice: in place is applied once per check
+        for side in reconstruct_gpu.our_sides(stacks, mode, ("ieee",)).values(): assert check(side.build())[0] < 1e-6
+        error, _ = check(lambda: None)
+        assert math.isnan(error) if mode == "copy" else error > .3
+
+
 def test_a_wrong_torch_side_is_no_failure_of_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruct_gpu, "plan", lambda *_: FIRST[:1])
     monkeypatch.setattr(torch, "_foreach_add_", lambda *a, **kw: None)
