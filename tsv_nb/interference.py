@@ -53,19 +53,24 @@ def singular_task_interference(
     sigma = torch.linalg.svdvals((_overlap(U) * S.flatten(-2).unsqueeze(-2)) @ _overlap(Vh.mT))
     return sigma.sum(-1) if norm == "nuclear" else sigma.amax(-1)
 
-# %% ../nbs/method/04_interference.ipynb #4b9ed9b5
+# %% ../nbs/method/04_interference.ipynb #59b51c02
 def layer_factors(
     deltas: Sequence[Tensor], # one (m, n) task matrix per task, or (..., m, n) for several layers of one shape
     rank: int, # components per task, before rounding noise is dropped
 ) -> list[Factors]: # one per task; a zero matrix gets rank 0 (in a batch: as many columns as its largest needs, zeros elsewhere)
     "The truncated SVDs of one layer's task matrices, without components that are rounding noise."
-    stored = deltas[0].dtype if deltas[0].dtype.itemsize < 4 else torch.float32 # float32's noise level for float64, too
-    x = at_least_float32(torch.stack(tuple(deltas)))
-    m, n = x.shape[-2:]
-    k = min(rank, m, n)
+    k = min(rank, *deltas[0].shape[-2:])
+    if deltas[0].is_cuda: return _task_factors(torch.stack(tuple(deltas)), k) # all tasks at once
+    return [f for delta in deltas for f in _task_factors(delta.unsqueeze(0), k)] # nothing to gain, and no copy
+
+
+def _task_factors(x: Tensor, k: int) -> list[Factors]:
+    "The factors of (T, ..., m, n) task matrices, without rounding noise, one per task."
+    stored = x.dtype if x.dtype.itemsize < 4 else torch.float32 # float32's noise level for float64, too
+    x, (m, n) = at_least_float32(x), x.shape[-2:]
     U, S, Vh = (x.new_zeros(*x.shape[:-2], *shape) for shape in ((m, k), (k,), (k, n)))
     moved = x.flatten(-2).any(-1) # (T, ...): matrices that are not zero
-    if moved.any():
+    if moved.any(): # (x[moved] is a copy: of one task on a CPU, of all on a GPU)
         f = truncated_svd(x[moved], k)
         real = torch.arange(k, device=x.device) < numerical_rank(f.S, (m, n), stored).unsqueeze(-1)
         U[moved], S[moved], Vh[moved] = f.U * real.unsqueeze(-2), f.S * real, f.Vh * real.unsqueeze(-1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Treatment', 'merge_plan', 'whiten_factors', 'tsv_merge']
 
-# %% ../nbs/method/05_merge.ipynb #6ea61eb3
+# %% ../nbs/method/05_merge.ipynb #cf6883bc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from .interference import layer_factors
 from .kernels.reconstruct import lowrank_reconstruct
 from .low_rank import Factors
 from .polar import POLAR_METHODS, orthogonalize
-from .task_vectors import Vectors, at_least_float32, entries_of, header, is_matrix, named_vectors, task_weights
+from .task_vectors import Vectors, at_least_float32, entries_of, header, is_matrix, moved, named_vectors, task_weights
 
 # %% ../nbs/method/05_merge.ipynb #5ddf0919
 class Treatment(NamedTuple):
@@ -39,7 +39,7 @@ def _share(name: str, shape: tuple[int, int], n_tasks: int, rank: int | str | No
     hint = f"lower rank to at most {r // n_tasks}, " if rank and r >= n_tasks else ""
     raise ValueError(f"tensor {name!r}: {problem}; {hint}merge fewer tasks, exclude the tensor, or pass small='average'.")
 
-# %% ../nbs/method/05_merge.ipynb #ca32241f
+# %% ../nbs/method/05_merge.ipynb #7bccd9fd
 def _parts(name: str, shape: tuple[int, ...], split: str | None) -> int:
     "The number of matrices an entry is merged as: one, or three for a fused q, k, v."
     if split != "qkv" or not name.endswith("in_proj_weight"): return 1
@@ -66,21 +66,21 @@ def _plan(vectors, rank, split, small, exclude) -> dict[str, Treatment]:
     plan, first = {}, next(iter(vectors.values()))
     for name in first:
         entry = header(first, name)
-        if not any(v[name].any() for v in vectors.values()): plan[name] = Treatment("zero", 0, "did not move in any task")
+        if not any(moved(v, name) for v in vectors.values()): plan[name] = Treatment("zero", 0, "did not move in any task")
         elif not is_matrix(name, entry, exclude): plan[name] = Treatment("average", 0, "not a task matrix")
         else:
             m, n = entry.shape
             plan[name] = _share(name, (m // _parts(name, entry.shape, split), n), len(vectors), rank, small)
     return plan
 
-# %% ../nbs/method/05_merge.ipynb #e8ea1866
+# %% ../nbs/method/05_merge.ipynb #c2ddffd0
 def whiten_factors(
     factors: Sequence[Factors], # one per task: U (..., m, k_t), S (..., k_t), Vh (..., k_t, n)
     method: str = "auto", # one of POLAR_METHODS
 ) -> list[Factors]: # the same singular values, with vectors that are orthonormal across tasks
     "Replace the concatenated singular vectors of all tasks by their polar factors."
-    ranks, shape = [f.rank for f in factors], factors[0].matrix_shape
-    tol = max(shape[-2:]) * torch.finfo(torch.float32).eps # the checkpoints are no more precise than that, in float64 too
+    ranks = [f.rank for f in factors]
+    tol = 64 * torch.finfo(torch.float32).eps # unit vectors from float32 checkpoints are no more precise than that
     U = orthogonalize(torch.cat([f.U for f in factors], -1), method, tol).split(ranks, -1)
     V = orthogonalize(torch.cat([f.Vh.mT for f in factors], -1), method, tol).split(ranks, -1)
     return [Factors(u, f.S, v.mT) for u, f, v in zip(U, factors, V)]
@@ -114,7 +114,7 @@ def _batches(plan: Mapping[str, Treatment], vector: Mapping[str, Tensor], n_task
         latest[kind].append(name)
     return groups
 
-# %% ../nbs/method/05_merge.ipynb #50a64381
+# %% ../nbs/method/05_merge.ipynb #26e36db9
 def _merge_entries(names, vectors, treatment, method, split, weights) -> list[Tensor]:
     "Entries of the merged task vector that are treated alike: matrices of one shape, or a single entry of any kind."
     first = header(next(iter(vectors.values())), names[0])
@@ -122,7 +122,8 @@ def _merge_entries(names, vectors, treatment, method, split, weights) -> list[Te
     entries = [entries_of(vectors, name) for name in names] # layers x tasks
     if treatment.how == "average": return [_mean(entries[0], weights)]
     parts = _parts(names[0], first.shape, split)
-    deltas = [torch.stack([e.unflatten(0, (parts, -1)) for e in task]) for task in zip(*entries)]
+    def _layers(task): return torch.stack(task) if len(task) > 1 else task[0].unsqueeze(0) # no copy of a single one
+    deltas = [_layers(task).unflatten(1, (parts, -1)) for task in zip(*entries)]
     return [layer.flatten(0, 1) for layer in _merge_matrices(deltas, treatment.rank, method, weights)]
 
 
