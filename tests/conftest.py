@@ -18,3 +18,10 @@ def make_vectors(g, n_tasks=3, shapes={"w": (20, 12), "b": (20,)}, dtype=torch.f
 
 @pytest.fixture
 def vectors(g): return make_vectors(g)
+
+
+def pytest_collection_modifyitems(items):
+    "Tests marked `cuda` are skipped where there is no NVIDIA GPU."
+    if torch.cuda.is_available(): return
+    for item in items:
+        if item.get_closest_marker("cuda"): item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -43,7 +43,12 @@ def _polar_gram(X: Tensor, tol: float) -> Tensor:
     if risky.any(): result[risky] = _polar_eigh(X[risky].double(), tol).to(X.dtype)
     return result
 
-# %% ../nbs/method/04b_polar.ipynb #5112d754
+# %% ../nbs/method/04b_polar.ipynb #643633ac
+def _cubic(s: float, rho: float) -> float:
+    "Where a scaled Newton-Schulz step takes a singular value."
+    return rho / 2 * s * (3 - rho**2 * s**2)
+
+
 def newton_schulz(
     X: Tensor, # (..., m, n), m >= n, float32 or float64
     tol: float, # directions down to tol * sigma_max / 4 converge
@@ -54,8 +59,8 @@ def newton_schulz(
     Y, low = X / bound[..., None, None], tol / 4
     for _ in range(100):
         if low > 1 - 4 * torch.finfo(X.dtype).eps: break
-        rho = (3 / (1 + low + low**2))**.5
-        Y, low = 1.5 * rho * Y - .5 * rho**3 * (Y @ (Y.mT @ Y)), rho / 2 * low * (3 - rho**2 * low**2)
+        rho = min((3 / (1 + low + low**2))**.5, 1.6977) # not root 3: that would map 1 to 0, and digits with it
+        Y, low = 1.5 * rho * Y - .5 * rho**3 * (Y @ (Y.mT @ Y)), min(_cubic(low, rho), _cubic(1., rho))
     residual = (Y @ (Y.mT @ Y) - Y).norm(dim=(-2, -1)) / Y.norm(dim=(-2, -1)).clamp_min(tiny)
     return Y, residual
 

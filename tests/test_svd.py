@@ -1,0 +1,184 @@
+"""The routes of the truncated SVD against float64, over shapes, spectra, batches and failures."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tsv_nb import numerical_rank, truncated_svd
+from tsv_nb.svd import SVD_METHODS, exact_svd, gram, gram_eigh, gram_svd, leading_svd, randomized_svd, rayleigh_ritz, svd_residual
+
+METHODS = list(SVD_METHODS)
+SHAPES = [(200, 80), (80, 200), (100, 100), (781, 100), (63, 64), (5, 3), (1, 9)]
+
+
+def with_spectrum(s, m, g):
+    "An (m, n) float64 matrix with the n given singular values."
+    P, Q = (torch.linalg.qr(torch.randn(d, len(s), generator=g, dtype=torch.float64))[0] for d in (m, len(s)))
+    return P * torch.as_tensor(s, dtype=torch.float64) @ Q.T
+
+
+def truncation_error(f, x, k):
+    "Relative distance of U S Vh from numpy's rank-k truncation in float64."
+    u, s, vh = np.linalg.svd(x.double().numpy(), full_matrices=False)
+    want = torch.from_numpy(u[..., :k] * s[..., None, :k] @ vh[..., :k, :])
+    U, S, Vh = (o.double() for o in f)
+    return ((U * S.unsqueeze(-2) @ Vh - want).norm() / want.norm()).item()
+
+
+def assert_orthonormal(f, tol=2e-5):
+    for X in (f[0], f[2].mT): assert (X.mT @ X - torch.eye(X.shape[-1], dtype=X.dtype)).abs().max() < tol
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_random_matrices(g, shape, method):
+    "Flat spectra, the hard case: the gap between kept and dropped is small."
+    x, k = torch.randn(shape, generator=g), max(1, min(shape) // 8)
+    f = leading_svd(x, k, method)
+    assert truncation_error(f, x, k) < 1e-4
+    assert_orthonormal(f)
+    assert (f[1].diff() <= 0).all()
+    assert svd_residual(x, *f) < 1e-5
+
+
+@pytest.mark.parametrize("decay", [0, 1, 2, 4, 6, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_steep_spectra(g, method, decay):
+    "Singular values over `decay` powers of ten, down to below float32's noise: float32 Gram matrices alone would lose the small ones."
+    s = np.logspace(0, -decay, 96) if decay else np.linspace(1.2, .8, 96)
+    x = with_spectrum(s, 160, g).float()
+    f = leading_svd(x, 48, method)
+    assert truncation_error(f, x, 48) < 1e-4
+    assert_orthonormal(f)
+    exact = np.linalg.svd(x.double().numpy(), compute_uv=False)[:48]
+    seen = exact > 160 * 1.2e-7
+    assert np.abs(f[1].numpy()[seen] / exact[seen] - 1).max() < 5e-3
+
+
+def test_the_float64_step_is_needed(g):
+    "Without it, the Gram route is off by percents where sigma_k is 1e-3 of sigma_1: the test above can fail."
+    x = with_spectrum(np.logspace(0, -4, 96), 160, g).float()
+    exact = np.linalg.svd(x.double().numpy(), compute_uv=False)[:80]
+    plain = rayleigh_ritz(x, gram_eigh(x, 80)[1])[1].numpy()
+    assert np.abs(plain / exact - 1).max() > 1e-2 > 1e-4 > np.abs(gram_svd(x, 80)[1].numpy() / exact - 1).max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("true_rank", [0, 1, 4])
+def test_tiny_ranks(g, method, true_rank):
+    "More components are asked for than there are: the rest is noise below the threshold, with orthonormal vectors all the same."
+    x = torch.randn(160, true_rank, generator=g) @ torch.randn(true_rank, 96, generator=g)
+    f = truncated_svd(x, 16, method)
+    assert numerical_rank(f.S, x.shape) == true_rank
+    assert_orthonormal(f)
+    assert torch.isfinite(torch.cat([o.flatten() for o in f])).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_of_unequal_difficulty(g, method):
+    "A batch gives what its matrices give one by one, although some of them need float64 and some are zero."
+    x = torch.stack([torch.randn(130, 70, generator=g), with_spectrum(np.logspace(0, -5, 70), 130, g).float(), torch.zeros(130, 70), with_spectrum(1 / np.arange(1, 71), 130, g).float()])
+    x = torch.stack([x, x.flip(0)])
+    f = truncated_svd(x, 9, method)
+    assert f.U.shape == (2, 4, 130, 9) and f.S.shape == (2, 4, 9) and f.Vh.shape == (2, 4, 9, 70)
+    for i in range(2):
+        for j in range(4):
+            one = truncated_svd(x[i, j], 9, method)
+            torch.testing.assert_close(f.S[i, j], one.S, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(f.U[i, j] * f.S[i, j] @ f.Vh[i, j], one.U * one.S @ one.Vh, rtol=0, atol=2e-5 * max(1, one.S[0].item()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_transposed_input_gives_transposed_factors(g, method):
+    x = torch.randn(70, 150, generator=g)
+    f, h = truncated_svd(x, 8, method), truncated_svd(x.mT, 8, method)
+    torch.testing.assert_close(f.S, h.S, rtol=1e-5, atol=0)
+    torch.testing.assert_close(f.U * f.S @ f.Vh, (h.U * h.S @ h.Vh).T, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(g, dtype):
+    x = torch.randn(100, 70, generator=g).to(dtype)
+    f = truncated_svd(x, 7)
+    assert all(o.dtype == dtype for o in f)
+    assert truncation_error(f, x, 7) < {torch.float64: 1e-12, torch.float32: 1e-4}.get(dtype, 8 * torch.finfo(dtype).eps)
+
+
+def test_the_residual_is_honest(g):
+    "It is large where the factors are wrong, and as large as the injected error; a fixed number of steps is not enough on a flat spectrum."
+    x = with_spectrum(np.linspace(1.2, .8, 96), 160, g).float()
+    *f, residual = randomized_svd(x, 16, max_iter=1)
+    assert residual > 1e-3 and truncation_error(f, x, 16) > 1e-2
+    *f, residual = randomized_svd(x, 16)
+    assert residual < 1e-6 and truncation_error(f, x, 16) < 1e-4
+    U, S, Vh = f
+    wrong = S.clone(); wrong[3] *= 1.01
+    assert svd_residual(x, U, wrong, Vh).item() == pytest.approx(.01 * (S[3] / S[0]).item(), rel=.05)
+    assert svd_residual(x, U.flip(-1), S, Vh) > .5
+    assert svd_residual(torch.zeros(9, 4), torch.eye(9)[:, :2], torch.zeros(2), torch.eye(4)[:2]) == 0
+
+
+def test_randomized_hands_over_what_has_not_converged(g, monkeypatch):
+    "An iteration that stops early is noticed by its residual, and the Gram route answers."
+    import tsv_nb.svd as module
+    x = with_spectrum(np.linspace(1.2, .8, 96), 160, g).float()
+    monkeypatch.setattr(module, "_eigenblock", lambda G, Q, rank, tol, max_iter, inner=module._eigenblock: inner(G, Q, rank, tol, 1))
+    assert truncation_error(leading_svd(x, 16, "randomized"), x, 16) < 1e-4
+
+
+def test_randomized_is_reproducible(g):
+    x = torch.randn(2, 120, 80, generator=g)
+    a, b, c = (randomized_svd(x, 8, seed=s) for s in (0, 0, 1))
+    assert all(torch.equal(p, q) for p, q in zip(a, b)) and not torch.equal(a[0], c[0])
+    torch.testing.assert_close(a[1], c[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_of_any_layout(g, layout, dtype):
+    x = torch.randn(60, 40, generator=g, dtype=dtype)
+    view = {"rows": x[:30], "columns": x.T, "strided": x[::2, ::3]}[layout]
+    torch.testing.assert_close(gram(view), (view.double().T @ view.double()).tril().to(dtype), rtol=1e-5, atol=1e-5)
+    assert torch.equal(gram(torch.zeros(0, 3)), torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("method", ["auto", "gram", "randomized"])
+@pytest.mark.parametrize("culprit", ["scipy", "torch"])
+def test_eigensolver_failure_falls_back(g, method, culprit, monkeypatch):
+    "Whatever decomposition does not converge, another one answers."
+    import scipy.linalg
+    x = torch.randn(150, 90, generator=g)
+    def fail(*args, **kwargs): raise (np.linalg.LinAlgError if culprit == "scipy" else torch.linalg.LinAlgError)("did not converge")
+    monkeypatch.setattr(*((scipy.linalg, "eigh") if culprit == "scipy" else (torch.linalg, "eigh")), fail)
+    assert truncation_error(leading_svd(x, 10, method), x, 10) < 1e-4
+
+
+def test_auto_takes_the_exact_route_where_it_should(g, monkeypatch):
+    "Small matrices, most of the components, float64."
+    import tsv_nb.svd as module
+    calls = []
+    monkeypatch.setattr(module, "exact_svd", lambda x, k: calls.append(tuple(x.shape)) or exact_svd(x, k))
+    for x, k in ((torch.randn(90, 63), 5), (torch.randn(90, 70), 36), (torch.randn(90, 70).double(), 5), (torch.randn(90, 70), 35)): leading_svd(x, k)
+    assert calls == [(90, 63), (90, 70), (90, 70)]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 0, 4, 4)])
+def test_empty_input(shape):
+    U, S, Vh = leading_svd(torch.zeros(shape), 0)
+    assert U.shape == (*shape[:-1], 0) and S.shape == (*shape[:-2], 0) and Vh.shape == (*shape[:-2], 0, shape[-1])
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="unknown SVD method 'qr'; known: 'auto', 'svd', 'gram', 'randomized'"): truncated_svd(torch.ones(2, 2), 1, "qr")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(20, 512, 128), (3, 200, 1024), (4, 96, 96)])
+def test_on_the_device(g, method, shape):
+    "Never run yet: no machine with a GPU so far."
+    x = torch.randn(shape, generator=g)
+    f = leading_svd(x.cuda(), 12, method)
+    assert f[0].is_cuda and truncation_error([o.cpu() for o in f], x, 12) < 1e-4
+    assert math.isfinite(svd_residual(x.cuda(), *f).max().item())
