@@ -22,9 +22,9 @@ def score(U, S, Vh, route, precision="ieee"): return _batched(triton_score, U, S
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("T, m, n, k", SHAPES)
+@pytest.mark.parametrize("dtype, T, m, n, k", [(d, *s) for d in DTYPES[1:] for s in SHAPES[:10 if d != torch.bfloat16 else 4]])
 def test_against_the_formula(T, m, n, k, dtype, route):
+    "Bfloat16 is widened before an interpreted kernel: few cases say enough."
     f = factors(T, m, n, k, dtype=dtype)
     assert relative(triton_score(*kernel_rows(f), T, route, "ieee"), literal(*f)[None]) < 1e-5
 
