@@ -1,16 +1,20 @@
 import importlib
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from grid_interference import DTYPES, SHAPES, factors, literal, relative
+from grid_interference import BLOCKS, DTYPES, SHAPES, factors, literal, loose, relative
 from torch.utils.flop_counter import FlopCounterMode
 
 from tsv_nb import Factors, stack_factors, truncated_svd
 from tsv_nb.kernels import interference as module
 from tsv_nb.kernels.interference import ROUTES, interference_score, interference_traffic
 
+ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5} # the factors are given: half precision costs nothing
 
 
@@ -66,8 +70,8 @@ def test_ranks_padded_with_zeros(g, dtype, route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_vectors_need_not_be_orthonormal(g, route):
-    f = torch.randn(4, 10, 6, generator=g), torch.randn(4, 6, generator=g), torch.randn(4, 6, 9, generator=g)
+def test_vectors_need_not_be_orthonormal(route):
+    f = loose(4, 10, 9, 6)
     assert relative(interference_score(*f, route=route), literal(*f)) < 1e-5
 
 
@@ -169,3 +173,98 @@ def test_loaded_twice():
 def test_import_does_not_need_triton():
     code = "import sys; sys.modules['triton'] = None; from tsv_nb.kernels.interference import interference_score; import torch; print(interference_score(torch.ones(2, 3, 1), torch.ones(2, 1), torch.ones(2, 1, 3)).item())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "18.0"
+
+
+def test_kernels_in_the_interpreter():
+    "Triton decides at its import whether it interprets, so those tests run in a process of their own."
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreter/test_interference.py"], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])})
+    last = (run.stdout.strip().splitlines() or [run.stderr])[-1]
+    print(last)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert int(re.search(r"(\d+) passed", last)[1]) > 80, last
+
+
+def covering(variants):
+    "Of every kernel and configuration the program that needs the most registers, and half precision with one of them."
+    precision = "tf32x3" if any("tf32x3" in v.name for v in variants) else "ieee"
+    kinds = {"_gram_kernel": "scaled"}
+    return [v for v in variants if kinds.get(v.kernel.__name__, "") in v.name and (precision in v.name and v.name.startswith("fp32") or "64x16" in v.name and not v.name.startswith("fp32"))]
+
+
+def check_compiled(target, choose, monkeypatch, tmp_path):
+    "Compile the chosen variants for a chip: no spills, shared memory within its limit."
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1": pytest.skip("an interpreter does not compile")
+    from tsv_nb.kernels.aot import CHIPS, compile_variant
+    from tsv_nb.kernels.interference_triton import CONFIGS, aot_variants
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    variants = [v for v in aot_variants() if CHIPS[target].backend in v.backends]
+    assert len({(v.kernel.__name__, v.name) for v in variants}) == len(variants) and len(CONFIGS) <= 6
+    reports = [compile_variant(v, target) for v in choose(variants)]
+    unfit = [r for r in reports if not r["fits"]]
+    assert not unfit and len(reports) >= 3 * len(CONFIGS), (len(reports), unfit)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiles_ahead_of_time(target, monkeypatch, tmp_path): check_compiled(target, covering, monkeypatch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_variant_compiles_ahead_of_time(target, monkeypatch, tmp_path, request):
+    if "slow" not in request.config.getoption("-m"): pytest.skip("about two minutes; run with -m slow")
+    check_compiled(target, list, monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    "On the device, new memory starts as NaN."
+    if not torch.cuda.is_available(): pytest.skip("needs a GPU")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: o.fill_(float("nan")) if (o := empty(*shape, **options)).is_cuda and o.is_floating_point() else o)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T, m, n, k", SHAPES)
+def test_cuda_against_the_formula(poisoned, T, m, n, k, dtype, route):
+    f = factors(T, m, n, k, dtype=dtype, device="cuda")
+    errors = {p: relative(interference_score(*f, precision=p, route=route), literal(*f)) for p in ("ieee", "tf32x3", "tf32")}
+    assert max(errors["ieee"], errors["tf32x3"]) < 1e-5 and errors["tf32"] < 1e-2, errors
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("config", range(4))
+@pytest.mark.parametrize("T, m, n, k", BLOCKS)
+def test_cuda_every_configuration(poisoned, T, m, n, k, config, route, monkeypatch):
+    "Also: twenty runs give the same bits."
+    from tsv_nb.kernels import interference_triton
+    monkeypatch.setattr(interference_triton, "CONFIGS", interference_triton.CONFIGS[config:config + 1])
+    monkeypatch.setattr(interference_triton, "_chosen", {})
+    f = tuple(o.cuda() for o in loose(T, m, n, k))
+    for precision in ("ieee", "tf32x3"):
+        scores = torch.stack([interference_score(*f, precision=precision, route=route) for _ in range(20)])
+        assert relative(scores[0], literal(*f)) < 1e-5 and (scores == scores[0]).all(), precision
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("route", ROUTES)
+def test_cuda_batches_zeros_and_strides(poisoned, route):
+    for lead in ((0,), (3,), (2, 2)):
+        f = factors(3, 20, 18, 17, lead or (1,)) if 0 not in lead else (torch.ones(0, 3, 20, 17), torch.ones(0, 3, 17), torch.ones(0, 3, 17, 18))
+        assert relative(interference_score(*(o.cuda() for o in f), route=route), literal(*f)) < 1e-5
+    U, S, Vh = factors(3, 20, 24, 7, (2,), device="cuda")
+    wide = torch.full((2, 3, 7, 50), float("nan"), device="cuda")
+    wide[..., 1:49:2] = Vh
+    assert relative(interference_score(U.mT.contiguous().mT, torch.stack([S, S], -1)[..., 0], wide[..., 1:49:2], route=route), literal(U, S, Vh)) < 1e-5
+    assert not interference_score(*factors(1, 80, 75, 40, device="cuda"), route=route).any()
+
+
+@pytest.mark.cuda
+def test_cuda_operator(poisoned):
+    f = factors(3, 40, 30, 20, (2,), device="cuda")
+    torch.library.opcheck(torch.ops.tsv_nb.interference_score.default, (*f, "", ""))
+    assert relative(torch.compile(interference_score, fullgraph=True)(*f), literal(*f)) < 1e-5

@@ -20,7 +20,7 @@ def _rows(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "(L, T, m, k), (L, T, k), (L, T, k, n) -> X (L, N, m), S (L, N), Y (L, N, n): one row per singular component."
     return U.mT.flatten(1, 2).contiguous(), S.flatten(1).contiguous(), Vh.flatten(1, 2).contiguous()
 
-# %% ../../nbs/kernels/12_interference.ipynb #644d544a
+# %% ../../nbs/kernels/12_interference.ipynb #9c9dd5ed
 def _overlaps(X: Tensor, n_tasks: int) -> Tensor:
     "X X^T of (L, N, d) rows, with the blocks of a task with itself zero: upper blocks computed, lower ones mirrored."
     L, N, _ = X.shape
@@ -30,7 +30,7 @@ def _overlaps(X: Tensor, n_tasks: int) -> Tensor:
         G[:, i + k:, i:i + k] = G[:, i:i + k, i + k:].mT
     return G
 
-
+# %% ../../nbs/kernels/12_interference.ipynb #edf3311d
 def _abs_sum(C: Tensor) -> Tensor:
     "Sum of absolute entries of (L, k, N): rows in the working precision, their sum in float64 (which MPS lacks)."
     return C.abs_().sum(-1).sum(-1, dtype=C.dtype if C.device.type == "mps" else torch.float64)
@@ -45,7 +45,7 @@ def _gram_route(X: Tensor, S: Tensor, Y: Tensor, n_tasks: int) -> Tensor:
         total = total + _abs_sum(C.baddbmm_(A[:, i:i + k, i + k:], B[:, i + k:]))
     return total
 
-# %% ../../nbs/kernels/12_interference.ipynb #c84e2a26
+# %% ../../nbs/kernels/12_interference.ipynb #692304b0
 def _push_parts(X: Tensor, S: Tensor, Y: Tensor, n_tasks: int) -> tuple[Tensor, Tensor]:
     "P (L, N, n), the rows of U_a^T (sum of the *other* tasks' matrices), and W (L, N, m), the columns of Delta_b V_b."
     (L, N, m), n, k = X.shape, Y.shape[-1], X.shape[1] // n_tasks
@@ -59,7 +59,7 @@ def _push_parts(X: Tensor, S: Tensor, Y: Tensor, n_tasks: int) -> tuple[Tensor, 
     for t in tasks: torch.bmm(Y[:, t] @ Y[:, t].mT * S[:, None, t], X[:, t], out=W[:, t])
     return P, W
 
-
+# %% ../../nbs/kernels/12_interference.ipynb #642e8968
 def _push_route(X: Tensor, S: Tensor, Y: Tensor, n_tasks: int) -> Tensor:
     "The score (L,) without any N x N matrix."
     N, k, total = X.shape[1], X.shape[1] // n_tasks, 0
@@ -69,6 +69,9 @@ def _push_route(X: Tensor, S: Tensor, Y: Tensor, n_tasks: int) -> Tensor:
         for other in (slice(0, i), slice(i + k, N)): C[..., other].baddbmm_(X[:, i:i + k], W[:, other].mT, alpha=-1)
         total = total + _abs_sum(C)
     return total
+
+# %% ../../nbs/kernels/12_interference.ipynb #8f4682c7
+ROUTES = {"gram": _gram_route, "push": _push_route}
 
 # %% ../../nbs/kernels/12_interference.ipynb #74d56d9d
 class ScoreTraffic(NamedTuple):
@@ -98,8 +101,7 @@ def interference_traffic(
     sums = 2 * others * (size * k * (2 * m + n) + 3 * work * m * n) + 3 * others * work * k * n
     return ScoreTraffic(route, copy + sums + 2 * size * factors + work * (factors + N * m), flops)
 
-# %% ../../nbs/kernels/12_interference.ipynb #3383e8c4
-ROUTES = {"gram": _gram_route, "push": _push_route}
+# %% ../../nbs/kernels/12_interference.ipynb #25fc7116
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 WORKSPACE = 2**26 # numbers (256 MiB in float32) that the layers of a batch may use together; a single layer may need more
 
