@@ -117,10 +117,13 @@ def test_settings_are_the_single_source():
 
 
 LAYERS = ["method", "kernels", "vision scale", "explore", "course", "cli"]
+LEAVES = {f"tsv_nb.kernels.{o}" for o in ("aot", "reconstruct", "reconstruct_triton", "interference", "interference_triton")}
+LEAF_IMPORTS = {"torch", "triton", "tsv_nb.checks"} | LEAVES # besides the standard library
 
 
 def layer(module):
-    "The layer of a module of the package, by its folder; the method part is the top level."
+    "The layer of a module of the package, by its folder; the method part is the top level, and the leaves may be imported from everywhere."
+    if module in LEAVES: return 0
     head = module.removeprefix("tsv_nb").strip(".").split(".")[0]
     return next((i for i, names in enumerate(LAYERS) if head in names.split()), 0)
 
@@ -137,7 +140,17 @@ def test_modules_import_only_from_layers_above(path):
             if node.level: names = [".".join(package.split(".")[:-node.level] + [node.module or ""])]
         for name in names:
             if name.startswith("tsv_nb"): assert layer(name) <= layer(package), f"{package} imports {name}"
-            elif layer(package) == 0: assert name.split(".")[0] not in {"open_clip", "matplotlib", "ray", "datasets", "sklearn", "mlxtend", "torchvision", "triton"}
+            if package in LEAVES:
+                parts = name.split(".")
+                known = any(".".join(parts[:i]) in LEAF_IMPORTS for i in range(1, len(parts) + 1)) or parts[0] in sys.stdlib_module_names
+                assert known, f"{package} imports {name}"
+            elif not name.startswith("tsv_nb") and layer(package) == 0: assert name.split(".")[0] not in {"open_clip", "matplotlib", "ray", "datasets", "sklearn", "mlxtend", "torchvision", "triton"}
+
+
+@pytest.mark.parametrize("module", sorted(LEAVES - {o for o in LEAVES if o.endswith("_triton")}))
+def test_kernels_import_without_triton(module):
+    if not (ROOT / (module.replace(".", "/") + ".py")).exists(): pytest.skip("not there yet")
+    assert "triton" not in imported_by(f"import {module}") - imported_by("import torch")
 
 
 def test_readme_has_exactly_two_commands():

@@ -34,33 +34,41 @@ def live_tensors(
     if not live: raise ValueError(f"the model has no floating-point tensor whose name starts with {prefix!r}; its names are like {next(iter(model), None)!r}.")
     return live
 
-# %% ../../nbs/kernels/11c_switchboard.ipynb #71ceaa54
+# %% ../../nbs/kernels/11c_switchboard.ipynb #7da1bdf1
 def _first_names(live: Mapping[str, Tensor]) -> dict[str, str]:
     "name -> the first name with the same memory, shape and strides; mostly the name itself."
     first: dict[tuple, str] = {}
     return {name: first.setdefault((t.data_ptr(), t.shape, t.stride()), name) for name, t in live.items()}
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 def _check_writable(live: Mapping[str, Tensor]) -> None: # raises `ValueError`
     "Raise if a tensor could not be written in place, or if they are not all on one device."
     for name, t in live.items():
+        if t.dtype not in _DTYPES: raise ValueError(f"tensor {name!r} is {t.dtype}; a live model is in one of {', '.join(map(str, _DTYPES))}.")
         if t.is_inference(): raise ValueError(f"tensor {name!r} was made in inference mode and cannot be written; build the model outside of it.")
         if any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)): raise ValueError(f"tensor {name!r} is expanded, several elements share memory; call .contiguous() on it first.")
     if len(devices := {str(t.device) for t in live.values()}) > 1: raise ValueError(f"the model is spread over {sorted(devices)}; make one Switchboard per device.")
+    end, last = 0, ""
+    for start, name in sorted((t.data_ptr(), name) for name, t in live.items() if t.numel()):
+        if start < end: raise ValueError(f"tensors {last!r} and {name!r} overlap in memory, but are not the same tensor; give each its own with .clone().")
+        end, last = start + (sum((n - 1) * s for n, s in zip(live[name].shape, live[name].stride())) + 1) * live[name].element_size(), name
 
-# %% ../../nbs/kernels/11c_switchboard.ipynb #004c9770
+# %% ../../nbs/kernels/11c_switchboard.ipynb #22326fb0
 def _check_entry(name: str, entry: Factors | Tensor, base: Tensor, what: str) -> Factors | Tensor:
     "One entry of an archive, detached, if it can be added to `base`; `ValueError` if not."
     U, S, Vh = entry if isinstance(entry, Factors) else (entry, None, None)
-    if S is not None and not (U.ndim == Vh.ndim == 2 and S.shape == U.shape[1:] == Vh.shape[:1] and U.dtype == Vh.dtype):
-        raise ValueError(f"{what}: the factors of {name!r} do not fit together: U {tuple(U.shape)}, S {tuple(S.shape)}, Vh {tuple(Vh.shape)} in {U.dtype} and {Vh.dtype}.")
+    if S is not None and not (U.ndim == Vh.ndim == 2 and S.shape == U.shape[1:] == Vh.shape[:1] and U.dtype == Vh.dtype and S.dtype in (U.dtype, torch.float32, torch.float64)):
+        raise ValueError(f"{what}: the factors of {name!r} do not fit together: U {tuple(U.shape)}, S {tuple(S.shape)}, Vh {tuple(Vh.shape)} in {U.dtype}, {S.dtype}, {Vh.dtype}.")
     shape = U.shape if S is None else entry.matrix_shape
     if shape != base.shape:
         raise ValueError(f"{what}: {name!r} has shape {tuple(shape)}, the model has {tuple(base.shape)}; the archive was made from another architecture.")
     for t in (o for o in (U, S, Vh) if o is not None):
         if t.device != base.device:
             raise ValueError(f"{what}: {name!r} is on {t.device}, the model on {base.device}; load the archive with CompressedTaskVector.load(path, device={str(base.device)!r}).")
-        if not t.is_floating_point(): raise ValueError(f"{what}: {name!r} is stored in {t.dtype}; an archive holds floating-point tensors only.")
+        if t.dtype not in _DTYPES: raise ValueError(f"{what}: {name!r} is stored in {t.dtype}; convert it to one of {', '.join(map(str, _DTYPES))}.")
         check_finite(name, t, what)
     return U.detach() if S is None else Factors(*(t.detach() for t in entry))
 
@@ -104,7 +112,7 @@ class ResidentBytes(NamedTuple):
         "live + base + archives."
         return self.live + self.base + self.archives
 
-# %% ../../nbs/kernels/11c_switchboard.ipynb #ba8d6038
+# %% ../../nbs/kernels/11c_switchboard.ipynb #3f10142a
 class Switchboard:
     "One live model, a private copy of its base, and many compressed task vectors to write into it."
     def __init__(self,
@@ -113,9 +121,9 @@ class Switchboard:
         prefix: str = "", # model name = prefix + archive name; other tensors of the model are left alone
     ):
         live = live_tensors(model, prefix)
-        _check_writable(live)
-        self.prefix, self.task = prefix, None # what the live model has now; None is the base
         self._model, self._names, self._archives = model, _first_names(live), {}
+        _check_writable({name: live[name] for name in self._names.values()})
+        self.prefix, self.task = prefix, None # task: what the live model has now; None is the base
         self._base = {name: live[name].clone() for name in dict.fromkeys(self._names.values())}
         for task, archive in (archives or {}).items(): self.add(task, archive)
 
