@@ -56,9 +56,9 @@ def _check_writable(live: Mapping[str, Tensor]) -> None: # raises `ValueError`
         if start < end: raise ValueError(f"tensors {last!r} and {name!r} overlap in memory, but are not the same tensor; give each its own with .clone().")
         end, last = start + (sum((n - 1) * s for n, s in zip(live[name].shape, live[name].stride())) + 1) * live[name].element_size(), name
 
-# %% ../../nbs/kernels/11c_switchboard.ipynb #22326fb0
+# %% ../../nbs/kernels/11c_switchboard.ipynb #52a091bc
 def _check_entry(name: str, entry: Factors | Tensor, base: Tensor, what: str) -> Factors | Tensor:
-    "One entry of an archive, detached, if it can be added to `base`; `ValueError` if not."
+    "One entry of an archive, detached and contiguous, if it can be added to `base`; `ValueError` if not."
     U, S, Vh = entry if isinstance(entry, Factors) else (entry, None, None)
     if S is not None and not (U.ndim == Vh.ndim == 2 and S.shape == U.shape[1:] == Vh.shape[:1] and U.dtype == Vh.dtype and S.dtype in (U.dtype, torch.float32, torch.float64)):
         raise ValueError(f"{what}: the factors of {name!r} do not fit together: U {tuple(U.shape)}, S {tuple(S.shape)}, Vh {tuple(Vh.shape)} in {U.dtype}, {S.dtype}, {Vh.dtype}.")
@@ -70,7 +70,8 @@ def _check_entry(name: str, entry: Factors | Tensor, base: Tensor, what: str) ->
             raise ValueError(f"{what}: {name!r} is on {t.device}, the model on {base.device}; load the archive with CompressedTaskVector.load(path, device={str(base.device)!r}).")
         if t.dtype not in _DTYPES: raise ValueError(f"{what}: {name!r} is stored in {t.dtype}; convert it to one of {', '.join(map(str, _DTYPES))}.")
         check_finite(name, t, what)
-    return U.detach() if S is None else Factors(*(t.detach() for t in entry))
+    # contiguous: the product then takes the same route whether an archive comes from memory or from a file
+    return U.detach() if S is None else Factors(*(t.detach().contiguous() for t in entry))
 
 # %% ../../nbs/kernels/11c_switchboard.ipynb #d1f68fe1
 def _agree(a: Factors | Tensor, b: Factors | Tensor) -> bool:
