@@ -98,8 +98,9 @@ def test_every_kind_of_entry_is_switched(net):
 def test_in_place(net):
     pointers, parameters, optimizer = {k: t.data_ptr() for k, t in net.state_dict().items()}, list(net.parameters()), torch.optim.SGD(net.parameters(), lr=.1)
     board = Switchboard(net.train(), make_archives(net))
-    board.switch("A")
-    assert {k: t.data_ptr() for k, t in net.state_dict().items()} == pointers
+    for task in ("B", None, "A"):
+        board.switch(task)
+        assert {k: t.data_ptr() for k, t in net.state_dict().items()} == pointers
     assert all(a is b for a, b in zip(net.parameters(), parameters)) and net.training
     assert all(p.requires_grad and p.is_leaf and p.grad_fn is None for p in net.parameters())
     expert = snapshot(net)
@@ -172,7 +173,12 @@ def test_compiled_module_sees_the_new_weights(net):
 
 def test_one_call_for_all_matrices(net, monkeypatch):
     calls, real = [], module.lowrank_reconstruct_grouped
-    monkeypatch.setattr(module, "lowrank_reconstruct_grouped", lambda *a, **k: calls.append(len(a[0])) or real(*a, **k))
+
+    def spy(factors, *args, **kwargs):
+        calls.append(len(factors))
+        assert all(t.is_contiguous() for f in factors for t in f)
+        return real(factors, *args, **kwargs)
+    monkeypatch.setattr(module, "lowrank_reconstruct_grouped", spy)
     report = Switchboard(net, make_archives(net)).switch("A")
     assert calls == [report.n_matrices] and report.n_matrices >= 3
 
