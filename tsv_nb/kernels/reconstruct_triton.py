@@ -76,7 +76,7 @@ def _reconstruct_kernel(u_ptr, s_ptr, vh_ptr, base_ptr, out_ptr, m, n, k, alpha,
                       m, n, k, pid_m, pid_n, alpha, stride_um, stride_uk, stride_sk, stride_vk, stride_vn, stride_bm, stride_bn, stride_om, stride_on,
                       HAS_BASE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
 
-# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #9c96f15e
+# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #0c6fc27f
 def _config(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> triton.Config:
     return triton.Config(dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k), num_warps=warps, num_stages=stages)
 
@@ -84,9 +84,9 @@ def _config(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -
 CONFIGS = (
     _config(64, 64, 32, 4, 2), # the middle: good for most layers, and the one that is taken unmeasured
     _config(32, 32, 32, 4, 2), # small layers: four times as many programs
-    _config(64, 64, 16, 4, 2), # ranks up to 16, where half of a step of 32 would be masked
-    _config(32, 128, 32, 4, 2), # wide rows: longest runs of consecutive addresses in base and result
-    _config(64, 128, 32, 8, 2), # large layers: each strip of U serves twice as many columns
+    _config(64, 64, 16, 8, 2), # ranks up to 16, where half of a step of 32 would be masked
+    _config(32, 128, 32, 8, 2), # wide rows: longest runs of consecutive addresses in base and result
+    _config(128, 64, 32, 8, 2), # large layers: each strip of V serves twice as many rows
     _config(128, 128, 16, 8, 2), # large layers with large ranks: fewest reads of the factors
 )
 

@@ -1,0 +1,98 @@
+"""The reconstruction kernels in Triton's interpreter. Run by tests/test_kernels_reconstruct.py in a process of its own, with TRITON_INTERPRET=1."""
+import pytest
+import torch
+import triton
+from reconstruct_grid import CASES, F32, GROUPS, Case, check, group, problem
+
+from tsv_nb.kernels import reconstruct_triton as rt
+from tsv_nb.kernels.reconstruct_triton import CONFIGS, GROUPED_CONFIGS, launch_grouped, launch_reconstruct
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.m * c.n * c.k < 1e7], ids=str) # the few large ones would take longer than all others
+def test_plain(case):
+    p = problem(case)
+    launch_reconstruct(p.out, p.U, p.S, p.Vh, p.base, case.alpha)
+    check(case, p)
+
+
+@pytest.mark.parametrize("config", CONFIGS + GROUPED_CONFIGS, ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"]) # one arithmetic in the interpreter; the code paths differ
+def test_every_config(config, precision):
+    for case in (Case(100, 131, 33), Case(129, 63, 17, batch=(2,), layout="sliced")):
+        p = problem(case)
+        launch_reconstruct(p.out, p.U, p.S, p.Vh, p.base, case.alpha, precision, config)
+        check(case, p)
+    cases, ps = group({}, [(100, 131, 33), (65, 20, 5)])
+    launch_grouped(*zip(*[(p.out, p.U, p.S, p.Vh, p.base) for p in ps]), alpha=cases[0].alpha, precision=precision, config=config)
+    for c, p in zip(cases, ps): check(c, p)
+
+
+@pytest.mark.parametrize("options", GROUPS, ids=str)
+def test_grouped(options):
+    cases, ps = group(options)
+    out, U, S, Vh, base = zip(*[(p.out, p.U, p.S, p.Vh, p.base) for p in ps])
+    for config in (None, GROUPED_CONFIGS[0]):
+        for p, b in zip(ps, [problem(c).base for c in cases]):
+            if options["in_place"]: p.out.copy_(b)
+        launch_grouped(out, U, S, Vh, None if options["base"] is None else base, cases[0].alpha, config=config)
+        for c, p in zip(cases, ps): check(c, p)
+
+
+@pytest.mark.parametrize("shapes", [[(64, 32, 16), (128, 48, 32)], [(64, 32, 5), (128, 48, 7)], [(64, 32, 16), (1, 48, 16)]], ids=str)
+def test_grouped_hints(shapes):
+    "Aligned matrices, aligned rows with odd ranks, and a single row."
+    cases, ps = group({}, shapes)
+    outs = [torch.full_like(p.exact, float("nan"), dtype=F32) for p in ps] # aligned, unlike the views in the poisoned rooms
+    launch_grouped(outs, *zip(*[(p.U, p.S, p.Vh, p.base) for p in ps]), alpha=cases[0].alpha)
+    for o, c, p in zip(outs, cases, ps): check(c, p._replace(out=o, room=o))
+
+
+def test_plain_and_grouped_agree_bit_for_bit():
+    cases, ps = group({})
+    _, qs = group({})
+    launch_grouped(*zip(*[(p.out, p.U, p.S, p.Vh, p.base) for p in ps]), alpha=.3, config=CONFIGS[0])
+    for p, q in zip(ps, qs):
+        launch_reconstruct(q.out, q.U, q.S, q.Vh, q.base, .3, config=CONFIGS[0])
+        assert torch.equal(p.out, q.out)
+
+
+def test_nothing_to_do():
+    launch_grouped([], [], [], [])
+    launch_reconstruct(torch.empty(0, 5), torch.empty(0, 3), torch.empty(3), torch.empty(3, 5))
+
+
+def test_tables_are_built_once_and_dropped_when_old():
+    cases, ps = group({}, [(20, 10, 3), (7, 9, 2)])
+    args = list(zip(*[(p.out, p.U, p.S, p.Vh, p.base) for p in ps]))
+    rt._TABLES.clear()
+    launch_grouped(*args)
+    first = next(iter(rt._TABLES.values()))
+    launch_grouped(*args)
+    assert len(rt._TABLES) == 1 and next(iter(rt._TABLES.values())) is first
+    kept = [torch.empty(20, 10) for _ in range(rt._MAX_TABLES + 3)]
+    for o in kept: launch_grouped([o, ps[1].out], *args[1:])
+    assert len(rt._TABLES) == rt._MAX_TABLES and all(o is not first for o in rt._TABLES.values())
+
+
+def test_the_tuner_never_touches_the_live_result(monkeypatch):
+    "With a timer that runs each candidate three times, an in-place call still adds the update once."
+    runs = []
+    def fake_bench(run, **options): [run() for _ in range(3)]; runs.append(1); return -len(runs)
+    def tune(key, configs, run, device): return max(configs, key=lambda c: fake_bench(lambda: run(c)))
+    monkeypatch.setattr(rt, "best_config", tune)
+    case = Case(63, 100, 17, in_place=True)
+    p = problem(case)
+    launch_reconstruct(p.out, p.U, p.S, p.Vh, p.base, case.alpha)
+    assert len(runs) == len(CONFIGS)
+    check(case, p)
+
+
+def test_the_tuner_measures_once_per_key(monkeypatch):
+    timed = []
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **options: timed.append(run()) or {0: 3., 1: 1.}.get(len(timed) - 1, 2.))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(rt, "_BEST", {})
+    chosen = [rt.best_config("key", CONFIGS, lambda config: None, torch.device("cuda")) for _ in range(2)]
+    assert chosen == [CONFIGS[1]] * 2 and len(timed) == len(CONFIGS)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert rt.best_config("other", CONFIGS, None, torch.device("cuda")) is CONFIGS[0]
