@@ -44,7 +44,7 @@ fi
 
 if [ "${SKIP_TESTS:-0}" != 1 ]; then
     # only the files that hold such tests: others import packages that a GPU machine may lack
-    files=$(grep -lE 'mark\.cuda' tests/test_*.py; ls tests/test_kernels_*.py 2>/dev/null)
+    files=$(grep -rlE --include='test_*.py' 'mark\.cuda' tests; ls tests/test_kernels_*.py 2>/dev/null)
     files=$(echo "$files" | sort -u)
     [ -n "$files" ] || { echo "no test is marked cuda"; exit 1; }
     # shellcheck disable=SC2086

@@ -98,7 +98,7 @@ def our_sides(stacks, mode, precisions) -> dict:
     U, main = stacks[0].U, precisions[1 % len(precisions)]
     work = [("grouped", grouped, p) for p in precisions] + [("batched", batched, main), ("per matrix", single, main)]
     kind = "tf32x3" if U.dtype != torch.float32 else None # half factors: their products are exact in float32, so float32's accuracy is asked for
-    return {f"ours {n} {p or 'half'}": Side(lambda fn=fn, p=p: (lambda: fn(p)), "ours", RIGHT[kind or p] + ROUNDED[st_dtype(stacks)], p or unit_of(U.dtype), counts(stacks)) for n, fn, p in work}
+    return {f"ours {n} {p or 'half'}": Side(lambda fn=fn, p=p: (lambda: fn(p)), "ours", RIGHT[kind or p] + ROUNDED[st_dtype(stacks)], p or "split", counts(stacks)) for n, fn, p in work}
 
 
 def st_dtype(stacks): return stacks[0].out.dtype
