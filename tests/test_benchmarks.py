@@ -275,3 +275,50 @@ def test_gpu_script(red, slow, tmp_path):
     else:
         assert result.returncode == 0, result.stdout + result.stderr
         assert called.index("pytest") < called.index("reconstruct_gpu.py") < called.index("interference_gpu.py") and "status 0" in result.stdout
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------------------------------
+
+def test_merge_cpu_on_one_narrow_block(tmp_path, monkeypatch):
+    "Both sides in processes of their own, from files; every error within the goal; and the published side is the paper's algorithm."
+    import merge_cpu
+    import merging
+    shapes = {n: tuple(min(d, 128) if d < 2048 else 160 for d in s) for n, s in merging.vit_shapes(blocks=1).items()}
+    assert shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"] == (160, 128)
+    for kind in ("realistic", "random"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        merge_cpu.write_checkpoints(folder, shapes, 4, kind)
+        r = merge_cpu.compare(folder, 4, kind, 1)
+        assert r["sides"]["ours"]["max_error"] < 1e-4 and r["sides"]["published"]["max_error"] < 1e-3
+        assert len(r["sides"]["ours"]["error"]) == 5 and 0 < r["ratios"]["memory"] < 1.5
+        merge_cpu.show(r)
+
+
+def test_published_shapes():
+    "The published code's state dict of ViT-B-32: 113 million numbers, 49 matrices of the visual tower that move."
+    import merging
+    shapes = merging.vit_shapes()
+    assert sum(math.prod(s) for s in shapes.values()) == 113_448_705
+    assert sum(len(s) == 2 and merging.moves(n) for n, s in shapes.items()) == 12 * 4 + 2
+
+
+def test_chosen_spectra():
+    "Task matrices have the asked-for spectrum, share a part, and are the same in every run."
+    import merging
+    d = merging.task_matrices((160, 96), 3, "realistic", 0)
+    s = torch.linalg.svdvals(d[0])
+    assert torch.equal(d, merging.task_matrices((160, 96), 3, "realistic", 0))
+    assert 0.03 < s[12] / s[0] < .3 and s[-1] / s[0] < .02
+    cosine = (d[0] * d[1]).sum() / (d[0].norm() * d[1].norm())
+    assert .25 < cosine < .5
+
+
+def test_merge_gpu_and_growth_without_a_gpu(tmp_path):
+    for script, args in (("merge_gpu.py", ["--device", "cpu", "--tiny"]), ("growth.py", ["--tiny", "--threads", "1", "--rounds", "1"])):
+        out = tmp_path / f"{script}.json"
+        done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), *args, "--out", str(out)], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        data = json.loads(out.read_text())
+        if script == "growth.py": assert {"width", "n_tasks", "layers"} == data["results"].keys() and all(p["ms"] > 0 for p in data["results"]["width"])
+        else: assert max(data["error"].values()) < 1e-4 and data["speedup"] > 0 and data["ours_s"][1] > 0
