@@ -83,8 +83,18 @@ def test_the_tuner_never_touches_the_live_result(monkeypatch):
     case = Case(63, 100, 17, in_place=True)
     p = problem(case)
     launch_reconstruct(p.out, p.U, p.S, p.Vh, p.base, case.alpha)
-    assert len(runs) == len(CONFIGS)
+    assert len(runs) == len(rt.UNALIGNED_CONFIGS)
     check(case, p)
+
+
+def test_aligned_matrices_have_more_candidates(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rt, "best_config", lambda key, configs, run, device: seen.append(configs) or configs[-1])
+    for m, n, k in ((64, 128, 16), (64, 128, 17)):
+        U, S, Vh, out = torch.randn(m, k), torch.rand(k), torch.randn(k, n), torch.full((m, n), float("nan"))
+        launch_reconstruct(out, U, S, Vh)
+        assert torch.allclose(out, (U * S) @ Vh, atol=1e-4)
+    assert seen == [CONFIGS, rt.UNALIGNED_CONFIGS]
 
 
 def test_the_tuner_measures_once_per_key(monkeypatch):
