@@ -47,6 +47,14 @@ def test_grouped_hints(shapes):
     for o, c, p in zip(outs, cases, ps): check(c, p._replace(out=o, room=o))
 
 
+def test_hints_promise_no_more_than_is_true():
+    even = torch.zeros(64, 48)
+    odd = torch.zeros(65 * 49 + 8)
+    for expected, tensors in [(16, [even]), (16, [even, torch.zeros(0, 5)]), (16, [odd[:48][None]]), (1, [even, even[:, 16:40]]), (1, [torch.zeros(64, 41)]), (1, [even[:, 1:17]]),
+                              (1, [odd[: 65 * 49].view(65, 49)[:, :48]]), (0, [even.T]), (0, [even, even[:, ::2]]), (1, [torch.zeros(5, 7)[:, ::7]])]:
+        assert rt._hint(tensors) == expected, [(o.shape, o.stride()) for o in tensors]
+
+
 def test_plain_and_grouped_agree_bit_for_bit():
     cases, ps = group({})
     _, qs = group({})

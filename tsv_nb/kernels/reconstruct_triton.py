@@ -114,13 +114,11 @@ def best_config(
         _BEST[key] = configs[times.index(min(times))]
     return _BEST[key]
 
-# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #5ef4d2c7
+# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #051e5e72
 def _on(device: torch.device): return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _bucket(*sizes: int) -> tuple[int, ...]: return tuple(triton.next_power_of_2(o) for o in sizes)
 
-
+# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #07f641a2
 def launch_reconstruct(
     out: Tensor, # (..., m, n), written; any strides
     U: Tensor, # (..., m, k)
@@ -142,15 +140,15 @@ def launch_reconstruct(
     start = result if base is None or base is out else _flat(base, lead)
     u, s, v = _flat(U, lead), _flat(S, lead, 1), _flat(Vh, lead)
     constants = dict(HAS_BASE=base is not None, PRECISION=_kernel_precision(U.dtype, precision, out.device))
-    def run(to, config):
+    def _run(to, config):
         grid = len(to) * triton.cdiv(m, config.kwargs["BLOCK_M"]) * triton.cdiv(n, config.kwargs["BLOCK_N"])
         _reconstruct_kernel[(grid,)](u, s, v, start, to, m, n, k, alpha, *u.stride(), *s.stride(), *v.stride(), *start.stride(), *to.stride(),
                                      **constants, **config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     with _on(out.device):
         if config is None:
             key = ("reconstruct", out.device, U.dtype, start.dtype, out.dtype, *constants.values(), even := _aligned(u, v, start, result), *_bucket(len(result), m, n, k))
-            config = best_config(key, CONFIGS if even else UNALIGNED_CONFIGS, lambda c: run(torch.empty_like(result), c), out.device)
-        run(result, config)
+            config = best_config(key, CONFIGS if even else UNALIGNED_CONFIGS, lambda c: _run(torch.empty_like(result), c), out.device)
+        _run(result, config)
 
 # %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #075dbb17
 _COLUMNS = tl.constexpr(18) # of a table row: u, s, vh, base, out; m, n, k; nine strides; the first tile
