@@ -47,6 +47,14 @@ def test_grouped_hints(shapes):
     for o, c, p in zip(outs, cases, ps): check(c, p._replace(out=o, room=o))
 
 
+def test_hints_promise_no_more_than_is_true():
+    even = torch.zeros(64, 48)
+    odd = torch.zeros(65 * 49 + 8)
+    for expected, tensors in [(16, [even]), (16, [even, torch.zeros(0, 5)]), (16, [odd[:48][None]]), (1, [even, even[:, 16:40]]), (1, [torch.zeros(64, 41)]), (1, [even[:, 1:17]]),
+                              (1, [odd[: 65 * 49].view(65, 49)[:, :48]]), (0, [even.T]), (0, [even, even[:, ::2]]), (1, [torch.zeros(5, 7)[:, ::7]])]:
+        assert rt._hint(tensors) == expected, [(o.shape, o.stride()) for o in tensors]
+
+
 def test_plain_and_grouped_agree_bit_for_bit():
     cases, ps = group({})
     _, qs = group({})
@@ -83,8 +91,18 @@ def test_the_tuner_never_touches_the_live_result(monkeypatch):
     case = Case(63, 100, 17, in_place=True)
     p = problem(case)
     launch_reconstruct(p.out, p.U, p.S, p.Vh, p.base, case.alpha)
-    assert len(runs) == len(CONFIGS)
+    assert len(runs) == len(rt.UNALIGNED_CONFIGS)
     check(case, p)
+
+
+def test_aligned_matrices_have_more_candidates(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rt, "best_config", lambda key, configs, run, device: seen.append(configs) or configs[-1])
+    for m, n, k in ((64, 128, 16), (64, 128, 17)):
+        U, S, Vh, out = torch.randn(m, k), torch.rand(k), torch.randn(k, n), torch.full((m, n), float("nan"))
+        launch_reconstruct(out, U, S, Vh)
+        assert torch.allclose(out, (U * S) @ Vh, atol=1e-4)
+    assert seen == [CONFIGS, rt.UNALIGNED_CONFIGS]
 
 
 def test_the_tuner_measures_once_per_key(monkeypatch):

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['CHIPS', 'Variant', 'Chip', 'compile_variant']
 
-# %% ../../nbs/kernels/11a_compile.ipynb #0720e961
+# %% ../../nbs/kernels/11a_compile.ipynb #13ab3b32
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 

@@ -172,7 +172,7 @@ def _(out, U, S, Vh, base, alpha, accumulate, precision):
     from tsv_nb.kernels.reconstruct_triton import launch_grouped
     launch_grouped(out, U, S, Vh, starts, alpha, precision)
 
-# %% ../../nbs/kernels/11_reconstruct.ipynb #587a3c91
+# %% ../../nbs/kernels/11_reconstruct.ipynb #1c6caf57
 def _prepare(U, S, Vh, base, out, out_dtype, precision) -> tuple:
     "Check one reconstruction; (detached inputs, the result's shape and dtype, whether it is in place)."
     check_option("precision", precision, PRECISIONS)
@@ -190,7 +190,7 @@ def _prepare(U, S, Vh, base, out, out_dtype, precision) -> tuple:
     in_place = out is not None and base is not None and _same_view(out, base)
     return tuple(None if o is None else o.detach() for o in (U, S, Vh, None if in_place else base)), shape, dtype, in_place
 
-
+# %% ../../nbs/kernels/11_reconstruct.ipynb #63ff0b94
 def lowrank_reconstruct(
     U: Tensor, # (..., m, k)
     S: Tensor, # (..., k)
