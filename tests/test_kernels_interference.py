@@ -1,4 +1,5 @@
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -7,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid_interference import BLOCKS, DTYPES, SHAPES, factors, literal, loose, relative
+from interference_grid import BLOCKS, DTYPES, SHAPES, factors, literal, loose, relative
 from torch.utils.flop_counter import FlopCounterMode
 
 from tsv_nb import Factors, stack_factors, truncated_svd
 from tsv_nb.kernels import interference as module
 from tsv_nb.kernels.interference import ROUTES, interference_score, interference_traffic
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5} # the factors are given: half precision costs nothing
 
 
@@ -175,46 +176,46 @@ def test_import_does_not_need_triton():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "18.0"
 
 
-def test_kernels_in_the_interpreter():
-    "Triton decides at its import whether it interprets, so those tests run in a process of their own."
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreter/test_interference.py"], cwd=ROOT, capture_output=True, text=True,
-                         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])})
-    last = (run.stdout.strip().splitlines() or [run.stderr])[-1]
-    print(last)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", last)[1]) > 80, last
-
-
-def covering(variants):
-    "Of every kernel and configuration the program that needs the most registers, and half precision with one of them."
-    precision = "tf32x3" if any("tf32x3" in v.name for v in variants) else "ieee"
-    kinds = {"_gram_kernel": "scaled"}
-    return [v for v in variants if kinds.get(v.kernel.__name__, "") in v.name and (precision in v.name and v.name.startswith("fp32") or "64x16" in v.name and not v.name.startswith("fp32"))]
-
-
-def check_compiled(target, choose, monkeypatch, tmp_path):
-    "Compile the chosen variants for a chip: no spills, shared memory within its limit."
+def test_in_the_interpreter():
     pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") == "1": pytest.skip("an interpreter does not compile")
-    from tsv_nb.kernels.aot import CHIPS, compile_variant
-    from tsv_nb.kernels.interference_triton import CONFIGS, aot_variants
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    variants = [v for v in aot_variants() if CHIPS[target].backend in v.backends]
-    assert len({(v.kernel.__name__, v.name) for v in variants}) == len(variants) and len(CONFIGS) <= 6
-    reports = [compile_variant(v, target) for v in choose(variants)]
-    unfit = [r for r in reports if not r["fits"]]
-    assert not unfit and len(reports) >= 3 * len(CONFIGS), (len(reports), unfit)
+    env = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    out = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreter/interference_cases.py"], capture_output=True, text=True, timeout=900, env=env, cwd=HERE.parent)
+    closing = (out.stdout.strip().splitlines() or [""])[-1]
+    passed = re.search(r"(\d+) passed", closing)
+    assert out.returncode == 0 and passed and int(passed[1]) > 80, f"{closing}\n{out.stdout[-5000:]}{out.stderr[-2000:]}"
+    print("interpreter:", closing)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_compiles_ahead_of_time(target, monkeypatch, tmp_path): check_compiled(target, covering, monkeypatch, tmp_path)
+def compile_variants(cache, *words):
+    "What aot_cover.py reports, in a process without the interpreter and with a cache of its own."
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(cache))
+    out = subprocess.run([sys.executable, HERE / "aot_cover.py", "tsv_nb.kernels.interference_triton", *words], capture_output=True, text=True, timeout=1800, env=env, cwd=HERE.parent)
+    assert out.returncode == 0, out.stderr[-3000:]
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def test_compiles_and_fits(tmp_path):
+    "A choice that has every tile size, type and precision on every chip; all combinations are in the slow test and in benchmarks/compile_report.py."
+    report = compile_variants(tmp_path)
+    assert report["compiled"] >= 27 and not report["bad"], report["bad"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_every_variant_compiles_ahead_of_time(target, monkeypatch, tmp_path, request):
-    if "slow" not in request.config.getoption("-m"): pytest.skip("about two minutes; run with -m slow")
-    check_compiled(target, list, monkeypatch, tmp_path)
+def test_all_compile_and_fit(tmp_path, request):
+    if "slow" not in request.config.getoption("-m"): pytest.skip("takes minutes; run with -m slow")
+    report = compile_variants(tmp_path, "all")
+    assert report["compiled"] == report["listed"] == 160 and not report["bad"], report["bad"]
+
+
+def test_the_committed_report_is_of_these_programs():
+    pytest.importorskip("triton")
+    from tsv_nb.kernels.aot import CHIPS
+    from tsv_nb.kernels.interference_triton import CONFIGS, aot_variants
+    rows = {(o["kernel"], o["name"], o["target"]): o["fits"] for o in json.loads((HERE.parent / "benchmarks/results/compile.json").read_text())["programs"]}
+    listed = [(v.kernel.__name__, v.name, t) for v in aot_variants() for t, c in CHIPS.items() if c.backend in v.backends]
+    assert len(set(listed)) == len(listed) and len(CONFIGS) <= 6
+    assert set(listed) <= rows.keys() and all(rows[o] for o in listed), "run benchmarks/compile_report.py"
 
 
 @pytest.fixture
@@ -243,7 +244,6 @@ def test_cuda_every_configuration(poisoned, T, m, n, k, config, route, monkeypat
     "Also: twenty runs give the same bits."
     from tsv_nb.kernels import interference_triton
     monkeypatch.setattr(interference_triton, "CONFIGS", interference_triton.CONFIGS[config:config + 1])
-    monkeypatch.setattr(interference_triton, "_chosen", {})
     f = tuple(o.cuda() for o in loose(T, m, n, k))
     for precision in ("ieee", "tf32x3"):
         scores = torch.stack([interference_score(*f, precision=precision, route=route) for _ in range(20)])

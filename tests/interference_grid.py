@@ -2,7 +2,7 @@
 import torch
 
 # T, m, n, k: tall, wide, square; one task; one column; k not a multiple of anything; full rank; more components than rows
-SHAPES = [(1, 9, 7, 5), (2, 8, 8, 4), (3, 63, 100, 7), (8, 100, 63, 7), (4, 9, 30, 9), (2, 1, 1, 1), (5, 40, 63, 1), (3, 1, 100, 1), (8, 12, 9, 9), (2, 100, 781, 100)]
+SHAPES = [(1, 9, 7, 5), (2, 8, 8, 4), (3, 63, 100, 7), (8, 100, 63, 7), (4, 9, 30, 9), (2, 1, 1, 1), (5, 40, 63, 1), (3, 1, 100, 1), (8, 12, 9, 9), (2, 100, 781, 20)]
 # for the tiles: a task's block smaller, larger and just as large as a tile; with the larger ones whole tiles are skipped
 BLOCKS = [(2, 40, 30, 100), (3, 63, 100, 63), (5, 40, 33, 26), (3, 20, 10, 129), (2, 30, 10, 64)]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
