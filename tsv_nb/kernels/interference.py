@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROUTES', 'PRECISIONS', 'WORKSPACE', 'ScoreTraffic', 'interference_traffic', 'interference_score']
 
-# %% ../../nbs/kernels/12_interference.ipynb #220f0750
+# %% ../../nbs/kernels/12_interference.ipynb #c64d7f42
 from importlib.util import find_spec
 from math import prod
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_option
+from .reconstruct import define_operator
 
 # %% ../../nbs/kernels/12_interference.ipynb #0dd48d1e
 def _rows(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +125,7 @@ def _batched(score, U: Tensor, S: Tensor, Vh: Tensor, route: str, precision: str
         scores = [score(*_rows(*part), T, route, precision) for part in zip(*parts)]
     return result.copy_(torch.cat(scores)).view(lead)
 
-# %% ../../nbs/kernels/12_interference.ipynb #defdecd8
+# %% ../../nbs/kernels/12_interference.ipynb #0ac8719a
 def _op_cpu(U: Tensor, S: Tensor, Vh: Tensor, precision: str, route: str) -> Tensor:
     return _batched(_torch_score, U, S, Vh, route, precision)
 
@@ -139,10 +140,7 @@ def _op_fake(U: Tensor, S: Tensor, Vh: Tensor, precision: str, route: str) -> Te
     return U.new_empty(U.shape[:-3], dtype=torch.promote_types(U.dtype, torch.float32))
 
 
-if not hasattr(torch.ops.tsv_nb, "interference_score"): # a module that is loaded again keeps its operator
-    _op = torch.library.custom_op("tsv_nb::interference_score", _op_cpu, mutates_args=())
-    _op.register_kernel("cuda")(_op_cuda)
-    _op.register_fake(_op_fake)
+define_operator("interference_score(Tensor U, Tensor S, Tensor Vh, str precision, str route) -> Tensor", _op_cpu, _op_cuda, _op_fake)
 
 # %% ../../nbs/kernels/12_interference.ipynb #d2b7fd18
 def _check_factors(U: Tensor, S: Tensor, Vh: Tensor) -> None:

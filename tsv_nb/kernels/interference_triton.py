@@ -134,19 +134,12 @@ def _aligned(X: Tensor) -> Tensor:
     "(L, N, D) rows with D a multiple of ALIGN, filled with zeros, which change no inner product."
     return torch.nn.functional.pad(X, (0, -X.shape[-1] % ALIGN)) if X.shape[-1] % ALIGN else X
 
-<<<<<<< HEAD
-# %% ../../nbs/kernels/12b_interference_triton.ipynb #90480450
-=======
 # %% ../../nbs/kernels/12b_interference_triton.ipynb #d72241eb
->>>>>>> 01d470038d0346d466f7bbdc7108d2f0bd698982
 def _launch(kernel: object, inputs: Sequence[Tensor], sizes: Sequence[int], batch: int, N: int, square: bool, **constants) -> Tensor:
     "Run a kernel over all (batch, tile, tile) into new memory: (batch, N, ld) if square, else one number per tile."
     device = inputs[0].device
     def run(config: triton.Config) -> Tensor:
-<<<<<<< HEAD
-=======
         "Into memory of its own, so that measuring overwrites nothing."
->>>>>>> 01d470038d0346d466f7bbdc7108d2f0bd698982
         tiles, ld = triton.cdiv(N, config.kwargs["BLOCK_N"]), ALIGN * triton.cdiv(N, ALIGN)
         out = torch.empty((batch, N, ld) if square else (batch, tiles * tiles), device=device)
         kernel[(batch * tiles * tiles,)](*inputs, out, N, *sizes, tiles, **constants, **config.kwargs,
