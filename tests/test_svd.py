@@ -139,18 +139,16 @@ def test_randomized_is_reproducible(g):
 def test_gram_of_any_layout(g, layout, dtype):
     x = torch.randn(60, 40, generator=g, dtype=dtype)
     view = {"rows": x[:30], "columns": x.T, "strided": x[::2, ::3]}[layout]
-    torch.testing.assert_close(gram(view), (view.double().T @ view.double()).tril().to(dtype), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram(view).tril(), (view.double().T @ view.double()).tril().to(dtype), rtol=1e-5, atol=1e-5)
     assert torch.equal(gram(torch.zeros(0, 3)), torch.zeros(3, 3))
 
 
 @pytest.mark.parametrize("method", ["auto", "gram", "randomized"])
-@pytest.mark.parametrize("culprit", ["scipy", "torch"])
-def test_eigensolver_failure_falls_back(g, method, culprit, monkeypatch):
-    "Whatever decomposition does not converge, another one answers."
-    import scipy.linalg
+def test_eigensolver_failure_falls_back(g, method, monkeypatch):
+    "Where the eigendecomposition does not converge, the SVD answers."
     x = torch.randn(150, 90, generator=g)
-    def fail(*args, **kwargs): raise (np.linalg.LinAlgError if culprit == "scipy" else torch.linalg.LinAlgError)("did not converge")
-    monkeypatch.setattr(*((scipy.linalg, "eigh") if culprit == "scipy" else (torch.linalg, "eigh")), fail)
+    def fail(*args, **kwargs): raise torch.linalg.LinAlgError("did not converge")
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
     assert truncation_error(leading_svd(x, 10, method), x, 10) < 1e-4
 
 

@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'stack_factors', 'singular_task_interference', 'layer_factors', 'interference_by_layer',
            'pairwise_interference']
 
-# %% ../nbs/method/04_interference.ipynb #dbbde7a1
+# %% ../nbs/method/04_interference.ipynb #554b1fd1
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from .checks import check_option, check_rank
 from .kernels.interference import interference_score
 from .low_rank import Factors, numerical_rank, truncated_svd
-from .task_vectors import Vectors, at_least_float32, entries_of, header, is_matrix, named_vectors
+from .task_vectors import Vectors, at_least_float32, header, is_matrix, named_vectors, stacked_entries
 
 # %% ../nbs/method/04_interference.ipynb #4eee1b6a
 def stack_factors(
@@ -53,31 +53,26 @@ def singular_task_interference(
     sigma = torch.linalg.svdvals((_overlap(U) * S.flatten(-2).unsqueeze(-2)) @ _overlap(Vh.mT))
     return sigma.sum(-1) if norm == "nuclear" else sigma.amax(-1)
 
-# %% ../nbs/method/04_interference.ipynb #59b51c02
+# %% ../nbs/method/04_interference.ipynb #1b2e94de
 def layer_factors(
-    deltas: Sequence[Tensor], # one (m, n) task matrix per task, or (..., m, n) for several layers of one shape
+    deltas: Tensor | Sequence[Tensor], # (T, ..., m, n): one matrix per task, or one for each of several layers of one shape; or a list of T
     rank: int, # components per task, before rounding noise is dropped
 ) -> list[Factors]: # one per task; a zero matrix gets rank 0 (in a batch: as many columns as its largest needs, zeros elsewhere)
     "The truncated SVDs of one layer's task matrices, without components that are rounding noise."
-    k = min(rank, *deltas[0].shape[-2:])
-    if deltas[0].is_cuda: return _task_factors(torch.stack(tuple(deltas)), k) # all tasks at once
-    return [f for delta in deltas for f in _task_factors(delta.unsqueeze(0), k)] # nothing to gain, and no copy
-
-
-def _task_factors(x: Tensor, k: int) -> list[Factors]:
-    "The factors of (T, ..., m, n) task matrices, without rounding noise, one per task."
+    x = deltas if isinstance(deltas, Tensor) else torch.stack(tuple(deltas))
     stored = x.dtype if x.dtype.itemsize < 4 else torch.float32 # float32's noise level for float64, too
     x, (m, n) = at_least_float32(x), x.shape[-2:]
+    k = min(rank, m, n)
     U, S, Vh = (x.new_zeros(*x.shape[:-2], *shape) for shape in ((m, k), (k,), (k, n)))
     moved = x.flatten(-2).any(-1) # (T, ...): matrices that are not zero
-    if moved.any(): # (x[moved] is a copy: of one task on a CPU, of all on a GPU)
-        f = truncated_svd(x[moved], k)
+    if moved.any():
+        f = truncated_svd(x.flatten(0, -3) if moved.all() else x[moved], k)
         real = torch.arange(k, device=x.device) < numerical_rank(f.S, (m, n), stored).unsqueeze(-1)
         U[moved], S[moved], Vh[moved] = f.U * real.unsqueeze(-2), f.S * real, f.Vh * real.unsqueeze(-1)
     ranks = (S > 0).sum(-1).reshape(len(S), -1).amax(1).tolist() if S.numel() else [0] * len(S)
     return [Factors(*parts).truncate(r) for *parts, r in zip(U, S, Vh, ranks)]
 
-# %% ../nbs/method/04_interference.ipynb #d86bc20f
+# %% ../nbs/method/04_interference.ipynb #cc67cb6b
 def _matrices(vectors: Vectors, rank: int | None, exclude: Sequence[str]):
     "Yield (name, stacked factors) for every task matrix."
     if rank is not None: check_rank(rank, "leave it out for min(m, n) // T")
@@ -86,7 +81,7 @@ def _matrices(vectors: Vectors, rank: int | None, exclude: Sequence[str]):
     for name in first:
         if not is_matrix(name, entry := header(first, name), exclude): continue
         k = rank or max(1, min(entry.shape) // len(vectors))
-        yield name, stack_factors(layer_factors(entries_of(vectors, name), k))
+        yield name, stack_factors(layer_factors(stacked_entries(vectors, name), k))
 
 
 def interference_by_layer(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Treatment', 'merge_plan', 'whiten_factors', 'tsv_merge']
 
-# %% ../nbs/method/05_merge.ipynb #cf6883bc
+# %% ../nbs/method/05_merge.ipynb #986fbdbf
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from .interference import layer_factors
 from .kernels.reconstruct import lowrank_reconstruct
 from .low_rank import Factors
 from .polar import POLAR_METHODS, orthogonalize
-from .task_vectors import Vectors, at_least_float32, entries_of, header, is_matrix, moved, named_vectors, task_weights
+from .task_vectors import Vectors, at_least_float32, header, is_matrix, moved, named_vectors, stacked_entries, task_weights
 
 # %% ../nbs/method/05_merge.ipynb #5ddf0919
 class Treatment(NamedTuple):
@@ -85,18 +85,18 @@ def whiten_factors(
     V = orthogonalize(torch.cat([f.Vh.mT for f in factors], -1), method, tol).split(ranks, -1)
     return [Factors(u, f.S, v.mT) for u, f, v in zip(U, factors, V)]
 
-# %% ../nbs/method/05_merge.ipynb #926c1fed
-def _merge_matrices(deltas: Sequence[Tensor], rank: int, method: str | None, weights: Sequence[float]) -> Tensor:
-    "TSV-M for layers of one shape: one (..., m, n) tensor per task to one (..., m, n), in the dtype of the first."
+# %% ../nbs/method/05_merge.ipynb #6c876a57
+def _merge_matrices(deltas: Tensor, rank: int, method: str | None, weights: Sequence[float]) -> Tensor:
+    "TSV-M for layers of one shape: (T, ..., m, n) to (..., m, n), in the same dtype."
     factors = [Factors(f.U, w * f.S, f.Vh) for f, w in zip(layer_factors(deltas, rank), weights)]
     if method: factors = whiten_factors(factors, method)
     U, S, V = (torch.cat(parts, -1) for parts in zip(*((f.U, f.S, f.Vh.mT) for f in factors)))
-    return lowrank_reconstruct(U, S, V.mT, out_dtype=deltas[0].dtype)
+    return lowrank_reconstruct(U, S, V.mT, out_dtype=deltas.dtype)
 
 
-def _mean(entries: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    "The weighted mean of entries that are not merged as matrices."
-    return (sum(w * at_least_float32(e) for e, w in zip(entries, weights)) / len(entries)).to(entries[0].dtype)
+def _mean(entries: Tensor, weights: Sequence[float]) -> Tensor:
+    "The weighted mean over tasks (T, …) of an entry that is not merged as a matrix."
+    return (sum(w * at_least_float32(e) for e, w in zip(entries, weights)) / len(entries)).to(entries.dtype)
 
 # %% ../nbs/method/05_merge.ipynb #0d807460
 def _batches(plan: Mapping[str, Treatment], vector: Mapping[str, Tensor], n_tasks: int, batch_bytes: int | None) -> list[list[str]]:
@@ -114,16 +114,14 @@ def _batches(plan: Mapping[str, Treatment], vector: Mapping[str, Tensor], n_task
         latest[kind].append(name)
     return groups
 
-# %% ../nbs/method/05_merge.ipynb #26e36db9
+# %% ../nbs/method/05_merge.ipynb #ef8fda3c
 def _merge_entries(names, vectors, treatment, method, split, weights) -> list[Tensor]:
     "Entries of the merged task vector that are treated alike: matrices of one shape, or a single entry of any kind."
     first = header(next(iter(vectors.values())), names[0])
     if treatment.how == "zero": return [torch.zeros_like(first, memory_format=torch.contiguous_format)]
-    entries = [entries_of(vectors, name) for name in names] # layers x tasks
-    if treatment.how == "average": return [_mean(entries[0], weights)]
-    parts = _parts(names[0], first.shape, split)
-    def _layers(task): return torch.stack(task) if len(task) > 1 else task[0].unsqueeze(0) # no copy of a single one
-    deltas = [_layers(task).unflatten(1, (parts, -1)) for task in zip(*entries)]
+    if treatment.how == "average": return [_mean(stacked_entries(vectors, names[0]), weights)]
+    layers = [stacked_entries(vectors, name).unflatten(1, (_parts(name, first.shape, split), -1)) for name in names] # each (T, parts, m, n)
+    deltas = torch.stack(layers, 1) if len(names) > 1 else layers.pop().unsqueeze(1) # no copy of a single layer
     return [layer.flatten(0, 1) for layer in _merge_matrices(deltas, treatment.rank, method, weights)]
 
 

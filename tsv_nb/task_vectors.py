@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Vectors', 'at_least_float32', 'task_vector', 'apply_task_vector', 'LazyTaskVector', 'header', 'moved',
-           'named_vectors', 'entries_of', 'task_arithmetic', 'task_weights', 'weight_average', 'is_matrix']
+           'named_vectors', 'entries_of', 'stacked_entries', 'task_arithmetic', 'task_weights', 'weight_average',
+           'is_matrix']
 
 # %% ../nbs/method/01_task_vectors.ipynb #0e532c79
 import math
@@ -103,7 +104,7 @@ def moved(
     "Whether an entry is not zero."
     return vector.moved(name) if isinstance(vector, LazyTaskVector) else bool(vector[name].any())
 
-# %% ../nbs/method/01_task_vectors.ipynb #9f21de46
+# %% ../nbs/method/01_task_vectors.ipynb #165b344f
 Vectors = Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]]
 
 
@@ -128,13 +129,25 @@ def named_vectors(
 def entries_of(
     vectors: Mapping[str, Mapping[str, Tensor]], # the named task vectors
     name: str, # of an entry
-) -> list[Tensor]: # that entry of every task, checked to be finite
-    "One entry of every task: what a method holds in memory at a time."
-    entries = [vector[name] for vector in vectors.values()]
-    for task, entry in zip(vectors, entries): check_finite(name, entry, f"task {task!r}: tensor")
-    return entries
+) -> Iterator[Tensor]: # that entry of every task, one after the other, checked to be finite
+    "One entry of every task, each read when it is its turn."
+    for task, vector in vectors.items():
+        entry = vector[name]
+        check_finite(name, entry, f"task {task!r}: tensor")
+        yield entry
 
-# %% ../nbs/method/01_task_vectors.ipynb #1bbd42ef
+
+def stacked_entries(
+    vectors: Mapping[str, Mapping[str, Tensor]], # the named task vectors
+    name: str, # of an entry
+) -> Tensor: # (T, *shape)
+    "One entry of every task, stacked: what a method holds in memory at a time."
+    first = header(next(iter(vectors.values())), name)
+    stack = first.new_empty(len(vectors), *first.shape)
+    for slot, entry in zip(stack, entries_of(vectors, name)): slot.copy_(entry)
+    return stack
+
+# %% ../nbs/method/01_task_vectors.ipynb #d84c54c4
 def task_arithmetic(
     vectors: Vectors, # the task vectors
     weights: Sequence[float] | None = None, # one factor per task (default: 1 for each)
@@ -142,8 +155,8 @@ def task_arithmetic(
     "Task Arithmetic: the sum of the task vectors."
     vectors = named_vectors(vectors)
     weights = task_weights(weights, vectors)
-    def _sum(entries): return sum(w * at_least_float32(e) for w, e in zip(weights, entries)).to(entries[0].dtype)
-    return {name: _sum(entries_of(vectors, name)) for name in next(iter(vectors.values()))}
+    first = next(iter(vectors.values()))
+    return {name: sum(w * at_least_float32(e) for w, e in zip(weights, entries_of(vectors, name))).to(header(first, name).dtype) for name in first}
 
 
 def task_weights(
