@@ -31,25 +31,13 @@ def _polar_eigh(X: Tensor, tol: float) -> Tensor:
     inverse_root = torch.where(keep, lam, 1).rsqrt() * keep
     return X @ ((Q * inverse_root.unsqueeze(-2)) @ Q.mT)
 
-# %% ../nbs/method/04b_polar.ipynb #21db91b1
-def _inverse_root(lam: Tensor, tol: float) -> Tensor:
-    "lam^(-1/2), and 0 for directions shorter than tol times the longest."
-    keep = lam > max(tol**2, 4 * torch.finfo(lam.dtype).eps) * lam[..., :1]
-    return torch.where(keep, lam, 1).rsqrt() * keep
-
-
+# %% ../nbs/method/04b_polar.ipynb #c7810874
 def _polar_gram(X: Tensor, tol: float) -> Tensor:
-    "X (X^T X)^(-1/2) with the Gram matrix in float64, unless X is tall and float32 turns out to be enough (lambda_min > 0.01 lambda_max)."
-    m, n = X.shape[-2:]
-    if m >= 4 * n and X.dtype == torch.float32:
-        lam, Q = gram_eigh(X, n)
-        risky = lam[..., -1] < 1e-2 * lam[..., 0]
-        result = X @ ((Q * _inverse_root(lam, tol).unsqueeze(-2)) @ Q.mT)
-        if risky.any(): result[risky] = _polar_gram(X[risky].double(), tol).to(X.dtype)
-        return result
+    "X (X^T X)^(-1/2) for X (..., m, n), m >= n, through a Gram matrix in float64."
     x = X.double()
-    lam, Q = gram_eigh(x, n)
-    P = (x @ Q) * _inverse_root(lam, tol).unsqueeze(-2) # in float64: dividing by a short sigma magnifies what was rounded before
+    lam, Q = gram_eigh(x, x.shape[-1])
+    keep = lam > max(tol**2, 4 * torch.finfo(lam.dtype).eps) * lam[..., :1]
+    P = (x @ Q) * (torch.where(keep, lam, 1).rsqrt() * keep).unsqueeze(-2) # in float64: dividing by a short sigma magnifies what was rounded before
     return P.to(X.dtype) @ Q.mT.to(X.dtype)
 
 # %% ../nbs/method/04b_polar.ipynb #643633ac
