@@ -18,7 +18,7 @@ from merging import deltas_of, vit_shapes
 import tsv_nb
 
 HERE = Path(__file__).resolve().parent
-KINDS = {"linalg_svd": "full SVDs", "linalg_eigh": "eigendecompositions", "decomp.py": "eigendecompositions", "(eigh)": "eigendecompositions", "svd.py": "Gram matrices (syrk)",
+KINDS = {"linalg_svd": "full SVDs", "linalg_eigh": "eigendecompositions", "svd.py": "Gram matrices and Rayleigh-Ritz",
          "bmm": "matrix products", "addmm": "matrix products", "matmul": "matrix products", "polar.py": "matrix products", "isfinite": "checks", "'sum'": "checks", "'any'": "checks", "cat": "copies", "stack": "copies", "'to'": "copies",
          "'double'": "copies"}
 

@@ -62,7 +62,7 @@ def apply_task_vector(
         result[name] = (at_least_float32(start) + alpha * at_least_float32(vector[name])).to(start.dtype)
     return result
 
-# %% ../nbs/method/01_task_vectors.ipynb #0f258c4a
+# %% ../nbs/method/01_task_vectors.ipynb #ccec9a87
 class LazyTaskVector(Mapping):
     "The task vector of two safetensors checkpoints, read and subtracted one entry at a time."
     def __init__(self, pretrained: str | Path, finetuned: str | Path):
@@ -79,11 +79,13 @@ class LazyTaskVector(Mapping):
         if name not in self.headers: raise KeyError(name)
         return [self._read(path, lambda f: f.get_tensor(name)) for path in self.paths] # closed again: pages that were read do not stay in memory
     def __getitem__(self, name: str) -> Tensor: return task_vector(*({name: x} for x in self._pair(name)))[name]
-    def moved(self, name: str) -> bool: return not torch.equal(*self._pair(name))
+    def moved(self, name: str) -> bool:
+        "Whether the two checkpoints differ in an entry."
+        return not torch.equal(*self._pair(name))
     def __iter__(self) -> Iterator[str]: return iter(self.headers)
     def __len__(self) -> int: return len(self.headers)
 
-
+# %% ../nbs/method/01_task_vectors.ipynb #23aaca02
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -104,7 +106,7 @@ def moved(
     "Whether an entry is not zero."
     return vector.moved(name) if isinstance(vector, LazyTaskVector) else bool(vector[name].any())
 
-# %% ../nbs/method/01_task_vectors.ipynb #165b344f
+# %% ../nbs/method/01_task_vectors.ipynb #a991fc55
 Vectors = Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]]
 
 
@@ -125,7 +127,7 @@ def named_vectors(
         for name in vector: check_alike(name, header(reference, name), header(vector, name), f"task {task!r}: tensor")
     return dict(vectors)
 
-
+# %% ../nbs/method/01_task_vectors.ipynb #e05985d3
 def entries_of(
     vectors: Mapping[str, Mapping[str, Tensor]], # the named task vectors
     name: str, # of an entry
