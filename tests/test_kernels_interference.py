@@ -1,13 +1,11 @@
 import importlib
-import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_runs import assert_report_is_current, compile_variants, interpret
 from interference_grid import BLOCKS, DTYPES, SHAPES, factors, literal, loose, relative
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -176,46 +174,30 @@ def test_import_does_not_need_triton():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "18.0"
 
 
-def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    env = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    out = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreter/interference_cases.py"], capture_output=True, text=True, timeout=900, env=env, cwd=HERE.parent)
-    closing = (out.stdout.strip().splitlines() or [""])[-1]
-    passed = re.search(r"(\d+) passed", closing)
-    assert out.returncode == 0 and passed and int(passed[1]) > 80, f"{closing}\n{out.stdout[-5000:]}{out.stderr[-2000:]}"
-    print("interpreter:", closing)
+def test_in_the_interpreter(): interpret("interference_cases.py", 80)
 
 
-def compile_variants(cache, *words):
-    "What aot_cover.py reports, in a process without the interpreter and with a cache of its own."
-    pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(cache))
-    out = subprocess.run([sys.executable, HERE / "aot_cover.py", "tsv_nb.kernels.interference_triton", *words], capture_output=True, text=True, timeout=1800, env=env, cwd=HERE.parent)
-    assert out.returncode == 0, out.stderr[-3000:]
-    return json.loads(out.stdout.splitlines()[-1])
+MODULE = "tsv_nb.kernels.interference_triton"
 
 
 def test_compiles_and_fits(tmp_path):
     "A choice that has every tile size, type and precision on every chip; all combinations are in the slow test and in benchmarks/compile_report.py."
-    report = compile_variants(tmp_path)
+    report = compile_variants(MODULE, tmp_path)
     assert report["compiled"] >= 27 and not report["bad"], report["bad"]
 
 
 @pytest.mark.slow
 def test_all_compile_and_fit(tmp_path, request):
     if "slow" not in request.config.getoption("-m"): pytest.skip("takes minutes; run with -m slow")
-    report = compile_variants(tmp_path, "all")
+    report = compile_variants(MODULE, tmp_path, "all")
     assert report["compiled"] == report["listed"] == 160 and not report["bad"], report["bad"]
 
 
 def test_the_committed_report_is_of_these_programs():
     pytest.importorskip("triton")
-    from tsv_nb.kernels.aot import CHIPS
     from tsv_nb.kernels.interference_triton import CONFIGS, aot_variants
-    rows = {(o["kernel"], o["name"], o["target"]): o["fits"] for o in json.loads((HERE.parent / "benchmarks/results/compile.json").read_text())["programs"]}
-    listed = [(v.kernel.__name__, v.name, t) for v in aot_variants() for t, c in CHIPS.items() if c.backend in v.backends]
-    assert len(set(listed)) == len(listed) and len(CONFIGS) <= 6
-    assert set(listed) <= rows.keys() and all(rows[o] for o in listed), "run benchmarks/compile_report.py"
+    assert len(CONFIGS) <= 6
+    assert_report_is_current(aot_variants())
 
 
 @pytest.fixture

@@ -1,14 +1,10 @@
 """Low-rank reconstruction: the operators on the CPU, the Triton kernels in the interpreter, compiled for absent chips, and (where there is one) on a GPU."""
 import importlib
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_runs import assert_report_is_current, compile_variants, interpret
 from reconstruct_grid import BF16, CASES, EDGES, F16, F32, F64, GROUPS, KINDS, RAGGED, Case, check, error, group, problem
 
 from tsv_nb.kernels import reconstruct as kr
@@ -218,46 +214,30 @@ def test_traffic():
 
 # the Triton kernels without a GPU
 
-def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    env = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    out = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreter/reconstruct_cases.py"], capture_output=True, text=True, timeout=900, env=env, cwd=HERE.parent)
-    closing = out.stdout.strip().splitlines()[-1]
-    passed = re.search(r"(\d+) passed", closing)
-    assert out.returncode == 0 and passed and int(passed[1]) > 150, f"{closing}\n{out.stdout[-5000:]}{out.stderr[-2000:]}"
-    print("interpreter:", closing)
+def test_in_the_interpreter(): interpret("reconstruct_cases.py", 150)
 
 
-def compile_variants(cache, *words):
-    "What aot_cover.py reports, in a process without the interpreter and with a cache of its own."
-    pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(cache))
-    out = subprocess.run([sys.executable, HERE / "aot_cover.py", "tsv_nb.kernels.reconstruct_triton", *words], capture_output=True, text=True, timeout=1800, env=env, cwd=HERE.parent)
-    assert out.returncode == 0, out.stderr[-3000:]
-    return json.loads(out.stdout.splitlines()[-1])
+MODULE = "tsv_nb.kernels.reconstruct_triton"
 
 
 def test_compiles_and_fits(tmp_path):
     "A choice that has every tile size, type and precision on every chip; all combinations are in the slow test and in benchmarks/compile_report.py."
-    report = compile_variants(tmp_path)
+    report = compile_variants(MODULE, tmp_path)
     assert report["compiled"] >= 27 and not report["bad"], report["bad"]
 
 
 @pytest.mark.slow
 def test_all_compile_and_fit(tmp_path, request):
     if "slow" not in request.config.getoption("-m"): pytest.skip("takes minutes; run with -m slow")
-    report = compile_variants(tmp_path, "all")
+    report = compile_variants(MODULE, tmp_path, "all")
     assert report["compiled"] == report["listed"] > 200 and not report["bad"], report["bad"]
 
 
 def test_the_committed_report_is_of_these_programs():
     pytest.importorskip("triton")
-    from tsv_nb.kernels.aot import CHIPS
-    from tsv_nb.kernels.reconstruct_triton import aot_variants
-    path = HERE.parent / "benchmarks/results/compile.json"
-    rows = {(o["kernel"], o["name"], o["target"]): o["fits"] for o in json.loads(path.read_text())["programs"]}
-    listed = {(v.kernel.__name__, v.name, t) for v in aot_variants() for t, c in CHIPS.items() if c.backend in v.backends}
-    assert listed <= rows.keys() and all(rows[o] for o in listed), "run benchmarks/compile_report.py"
+    from tsv_nb.kernels.reconstruct_triton import CONFIGS, aot_variants
+    assert len(CONFIGS) <= 6
+    assert_report_is_current(aot_variants())
 
 
 # on a GPU
