@@ -1,7 +1,6 @@
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tsv_nb import Factors, stack_factors, truncated_svd
 from tsv_nb.kernels import interference as module
 from tsv_nb.kernels.interference import ROUTES, interference_score, interference_traffic
 
-HERE = Path(__file__).parent
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5} # the factors are given: half precision costs nothing
 
 

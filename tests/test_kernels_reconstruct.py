@@ -1,6 +1,5 @@
 """Low-rank reconstruction: the operators on the CPU, the Triton kernels in the interpreter, compiled for absent chips, and (where there is one) on a GPU."""
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from reconstruct_grid import BF16, CASES, EDGES, F16, F32, F64, GROUPS, KINDS, R
 from tsv_nb.kernels import reconstruct as kr
 from tsv_nb.kernels.reconstruct import lowrank_reconstruct, lowrank_reconstruct_grouped, reconstruct_traffic
 
-HERE = Path(__file__).resolve().parent
 ops = torch.ops.tsv_nb
 
 
