@@ -209,3 +209,15 @@ def test_bad_tasks(g, vectors):
     with pytest.raises(ValueError, match=r"task 'task2': tensor 'w': expected shape \(20, 12\), got \(12, 20\)"): tsv_merge(vectors | {"task2": {"w": torch.ones(12, 20), "b": torch.ones(20)}})
     vectors["task1"]["w"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="task 'task1': tensor 'w' has 1 of 240 values that are NaN"): tsv_merge(vectors)
+
+
+@pytest.mark.parametrize("options", [{}, dict(split="qkv"), dict(orthogonalize=None), dict(orthogonalize="newton_schulz")])
+def test_layers_taken_together_or_alone(g, options):
+    "The memory bound decides how many layers of a shape are merged at once, not what comes out; a zero task and a low-rank layer are among them."
+    shapes = {f"{i}.in_proj_weight": (210, 70) for i in range(3)} | {f"{i}.out": (70, 70) for i in range(3)} | {"b": (70,)}
+    v = make_vectors(g, 4, shapes)
+    v["task1"]["1.out"].zero_()
+    for t in v.values(): t["2.out"] = torch.randn(70, 3, generator=g) @ torch.randn(3, 70, generator=g)
+    together, alone = tsv_merge(v, batch_bytes=2**30, **options), tsv_merge(v, batch_bytes=1, **options)
+    assert list(together) == list(alone) == list(shapes)
+    for k in together: assert relative(together[k], alone[k]) < 2e-4, k
