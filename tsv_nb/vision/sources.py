@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GLYPH_PROTOCOL', 'GLYPH_EPOCHS', 'Suite', 'check_known', 'glyph_suite', 'paper_suite', 'open_base', 'task_head']
 
-# %% ../../nbs/vision/23c_sources.ipynb #d3e871e3
+# %% ../../nbs/vision/23c_sources.ipynb #d4be0f6b
 import difflib
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def paper_suite(
     def _images(task, split): return load_task(task, split, root, (transforms or {}).get(split), download)
     return Suite(task_names(tasks), lambda t: (PAPER_TASKS[t].classnames, PAPER_TASKS[t].templates), lambda t: PAPER_TASKS[t].epochs, _images, PROTOCOL)
 
-# %% ../../nbs/vision/23c_sources.ipynb #ad8c5bbf
+# %% ../../nbs/vision/23c_sources.ipynb #274bd8fd
 def open_base(
     model: str = "ViT-B-32", # an open_clip architecture, or "glyph" for the shipped one
     pretrained: str | None = None, # open_clip tag or a file; None: "openai", or the shipped weights
@@ -90,8 +91,8 @@ def open_base(
     pretrained = pretrained or "openai"
     if not Path(pretrained).is_file(): check_known(f"weights of {model} (and no file)", pretrained, open_clip.list_pretrained_tags_by_model(model))
     try: clip, tokenizer, transform = load_clip(model, pretrained, device)
-    except RuntimeError as e: # open_clip says so both without a network and for a file of another model
-        raise ValueError(f"the weights {pretrained!r} of {model} cannot be loaded: {str(e).splitlines()[0]} (Fetched once, they work offline.)") from e
+    except (RuntimeError, AssertionError, EOFError, pickle.UnpicklingError, SafetensorError) as e: # no network, a file of another model, a damaged one
+        raise ValueError(f"the weights {pretrained!r} of {model} cannot be loaded: {str(e).splitlines()[0]}") from e
     from open_clip.transform import PreprocessCfg, image_transform_v2
     return clip, tokenizer, dict(train=image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=True), val=transform)
 
