@@ -74,7 +74,7 @@ def run_finetune(
     accelerator.end_training()
     return results_table(results) if accelerator.is_main_process else ""
 
-# %% ../../nbs/vision/23e_protocol.ipynb #190d437f
+# %% ../../nbs/vision/23e_protocol.ipynb #c56d1d41
 def _words_of(argv: Sequence[str], dashes: bool) -> list[str]:
     "Arguments whose option names are spelled as fastcore spells them."
     def _spell(name): return "--" + (name[2:].replace("_", "-") if dashes else name[2:].replace("-", "_"))
@@ -91,9 +91,8 @@ def tsv_finetune(
     try: table = run_finetune(**options)
     except KeyboardInterrupt: raise SystemExit("\ntsv_finetune: stopped. The same command goes on from the last checkpoint.") from None
     except (ValueError, KeyError, TypeError, OSError, ImportError) as e:
-        # an error in a loading worker arrives with the worker's traceback; its last line says what it was
-        message = str(e).strip().splitlines()[-1] if "Traceback" in str(e) else str(e)
-        raise SystemExit(f"tsv_finetune: {message}") from e
+        message = str(e).rpartition(f"{type(e).__name__}: ")[2] # an error in a loading worker comes with a traceback in its text
+        raise SystemExit(f"tsv_finetune: {message.strip()}") from e
     if table: tqdm.write(table)
 
 # %% ../../nbs/vision/23e_protocol.ipynb #9a8e84fc

@@ -76,12 +76,13 @@ def _do(job: _Job, clip: nn.Module, accelerator, options: Mapping, facts: Mappin
     accelerator.wait_for_everyone()
     return dict(before=before, after=after, done=False)
 
-# %% ../../nbs/vision/23d_tasks.ipynb #72e994b8
+# %% ../../nbs/vision/23d_tasks.ipynb #487ed970
 def _jobs(base: tuple, suite: Suite, folder: Path, accelerator, facts: Mapping, options: Mapping, epochs: int | None) -> tuple[dict, list]:
     "The results that are there, and what is still to be done."
     results, jobs = {}, []
+    if epochs is not None and epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}.")
     for task in suite.names:
-        n = epochs or suite.epochs(task)
+        n = suite.epochs(task) if epochs is None else epochs
         wanted = {**facts, **{k: options[k] for k in PROTOCOL}, "epochs": n, "mixed_precision": accelerator.mixed_precision}
         path = checkpoint_path(folder.parent, folder.name, task)
         if done := _finished(path, wanted): results[task] = done
