@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch.utils.data import TensorDataset
 
-from tsv_nb.vision.training import dataset_accuracy, finetune_task, make_accelerator, same_everywhere
+from tsv_nb.vision.training import dataset_accuracy, finetune_task, make_accelerator
 
 RECIPE = dict(lr=3e-3, warmup=4, batch=16)
 
