@@ -33,7 +33,7 @@ class ParquetImages(TaskImages):
         value = self.table[i][self.column]
         return Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
 
-# %% ../../nbs/vision/22b2_archives.ipynb #54d99327
+# %% ../../nbs/vision/22b2_archives.ipynb #40b33166
 def _check_parts(files: Sequence[str | Path]) -> None:
     "Raise if parts of a split are missing, as their names (…-00001-of-00004…) tell."
     parts = [re.search(r"-(\d{5})-of-(\d{5})", Path(file).name) for file in files]
@@ -53,7 +53,7 @@ def _parquet_labels(table, column: str, classnames: Sequence[str], aliases: Iter
     order = match_classes(names, classnames, aliases, f"{name}, column {column!r}")
     return [order[names[v]] if v is not None and 0 <= v < len(names) else v for v in values]
 
-
+# %% ../../nbs/vision/22b2_archives.ipynb #6c7d7b09
 def parquet_images(
     files: Sequence[str | Path], # the parts of one split, in order
     classnames: Sequence[str], # in label order
