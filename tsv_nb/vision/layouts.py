@@ -122,7 +122,7 @@ def open_clip_to_hf(
         else: result[theirs[0]] = state[ours]
     return result
 
-# %% ../../nbs/vision/20c_layouts.ipynb #d9eff10a
+# %% ../../nbs/vision/20c_layouts.ipynb #4449227e
 _CONFIG = {"hidden_act": "quick_gelu", "num_attention_heads": 12, "num_hidden_layers": 12, "layer_norm_eps": 1e-5} # transformers' own defaults
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 
@@ -138,7 +138,7 @@ def hf_config(
     config = config.get("vision_config", config) if isinstance(config, dict) else {}
     return {k: config.get(k, default) for k, default in _CONFIG.items()}
 
-
+# %% ../../nbs/vision/20c_layouts.ipynb #fd6ad54b
 def check_config(
     model: nn.Module, # an open_clip model with a vision transformer `visual`
     folder: str | Path, # a Hugging Face folder with config.json
