@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from tsv_nb.baselines import (BASES, dare_merge, disjoint_merge, drop_entries, elect_signs, entries_kept, magnitude_threshold, ties_merge, zero_shot)
 from tsv_nb.checks import StateDictKeyError
-from tsv_nb.task_vectors import LazyTaskVector, apply_task_vector, task_arithmetic, weight_average
+from tsv_nb.lazy import LazyTaskVector
+from tsv_nb.task_vectors import apply_task_vector, task_arithmetic, weight_average
 
 SHAPES = {"w": (20, 12), "b": (20,), "scale": (), "conv": (4, 3, 2, 2), "none": (0, 3)}
 
@@ -182,7 +183,6 @@ def test_a_density_that_keeps_nothing(g):
 class Counting(LazyTaskVector):
     "Counts reads and the entries that are alive at a time."
     reads, alive, most = Counter(), weakref.WeakValueDictionary(), 0
-    def __contains__(self, name): return name in self.headers # the one of Mapping reads the entry
     def __getitem__(self, name):
         x = super().__getitem__(name)
         Counting.reads[name] += 1
