@@ -42,9 +42,9 @@ def data_digest(
     seen = [data[i] for i in sorted({k * n // samples for k in range(samples)} | {n - 1})] if n else []
     return fact_digest(n, [[state_digest({"image": image}), int(label)] for image, label in seen])
 
-# %% ../../nbs/vision/24b_records.ipynb #1a4e2563
+# %% ../../nbs/vision/24b_records.ipynb #39676d15
 _PACKAGE = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path("../../tsv_nb").resolve() # in a notebook: the files it was exported to
-_MEASURE, _METHODS = ("vision/clip.py", "vision/evaluate.py"), ("*.py", "kernels/*.py", "vision/suite.py")
+_MEASURE, _METHODS = ("vision/clip.py", "vision/evaluate.py"), ("*.py", "kernels/*.py", "vision/contenders.py", "vision/scores.py")
 
 
 @functools.cache
