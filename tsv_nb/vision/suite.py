@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_world', 'results_path', 'evaluate_suite', 'suite_table']
 
-# %% ../../nbs/vision/24e_suite.ipynb #f55cb67b
+# %% ../../nbs/vision/24e_suite.ipynb #9003c522
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..checks import check_option, check_rank
 from .contenders import FINETUNED, SUITE, contender
-from .evaluate import World, check_labels
+from .evaluate import World, check_head
 from .records import Records, fact_digest, write_json
 from .scores import Scores, evaluate_contender
 
-# %% ../../nbs/vision/24e_suite.ipynb #c18fc5b6
+# %% ../../nbs/vision/24e_suite.ipynb #3534d7f0
 def check_world(
     world: World,
     splits: Sequence[str] = ("val", "test"), # the splits that will be used
@@ -34,7 +34,7 @@ def check_world(
             n = len(data) if isinstance(data, Dataset) else len(data[1]) if data else 0
             hint = "add some, or pass alpha='default' or a number, which needs none" if split == "val" else "there is nothing to evaluate on"
             if not n: raise ValueError(f"task {t!r} has no {split} images; {hint}.")
-            if not isinstance(data, Dataset): check_labels(data[1], world.heads[t], f"task {t!r}, {split} images")
+            if not isinstance(data, Dataset): check_head(data[1], world.heads[t], f"task {t!r}, {split} images")
 
 
 def _check_alpha(alpha, grid) -> None:
