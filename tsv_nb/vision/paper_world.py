@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['split_preprocess', 'KeptImages', 'LazyTowers', 'paper_images', 'paper_world']
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #dfcf1411
+# %% ../../nbs/vision/24f_paper_world.ipynb #9e0de3a9
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from .clip import ImageEncoder
 from .datasets import PAPER_TASKS, load_task, task_names
 from .evaluate import World
 from .records import data_digest
-from .sources import open_base, task_head
+from .sources import check_known, open_base, task_head
 
 # %% ../../nbs/vision/24f_paper_world.ipynb #37a891ed
 def _same(images: Tensor) -> Tensor: return images
@@ -37,7 +37,7 @@ def split_preprocess(
     if len(steps) < 2 or not isinstance(steps[-2], ToTensor) or not isinstance(steps[-1], Normalize): return preprocess, _same
     return Compose([*steps[:-2], PILToTensor()]), partial(_finish, steps[-1])
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #5abc9121
+# %% ../../nbs/vision/24f_paper_world.ipynb #abe9aa68
 class KeptImages(Dataset):
     "Images of a Dataset, decoded in the first pass and kept."
     def __init__(self,
@@ -53,19 +53,24 @@ class KeptImages(Dataset):
         image, label = self.dataset[i]
         return self.finish(image), label
 
+    @cached_property
+    def like(self) -> Tensor:
+        "An image as it is kept."
+        return self.dataset[0][0]
+
     @property
     def nbytes(self) -> int:
-        "Bytes of the images as they are kept."
-        return len(self) * self.dataset[0][0].nbytes
+        "Bytes of all images as they are kept."
+        return len(self) * self.like.nbytes
 
-    def _room(self, path: Path | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _room(self, path: Path | None) -> tuple[Tensor, Tensor]:
         "Labels (n,) and images (n, …) to be filled, or as they are in a file."
-        n, size = len(self), like.nbytes
+        n, like, size = len(self), self.like, self.like.nbytes
         if path is None: return torch.empty(n, dtype=torch.int64), torch.empty(n, *like.shape, dtype=like.dtype)
         flat = torch.from_file(str(path), shared=True, size=n * (8 + size), dtype=torch.uint8)
         return flat[:8 * n].view(torch.int64), flat[8 * n:].view(like.dtype).view(n, *like.shape)
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #a782e6e2
+# %% ../../nbs/vision/24f_paper_world.ipynb #e59b51ad
 @patch
 def batches(
     self: KeptImages,
@@ -74,7 +79,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]: # (b, 3, s, s) and (b,) int64
     "Finished images and labels; the first complete pass keeps them."
     if self.kept is None and self.path and self.path.is_file() and self.path.stat().st_size == 8 * len(self) + self.nbytes:
-        self.kept = self._room(self.path, self.dataset[0][0])
+        self.kept = self._room(self.path)
     if self.kept is not None:
         yield from ((self.finish(x), y) for y, x in zip(*(part.split(batch) for part in self.kept)))
         return
@@ -82,7 +87,7 @@ def batches(
     if part: part.parent.mkdir(parents=True, exist_ok=True); part.unlink(missing_ok=True)
     for x, y in DataLoader(self.dataset, batch, num_workers=workers):
         if self.keep:
-            room = room or self._room(part, x[0])
+            room = room or self._room(part)
             for kept, new in zip(room, (y, x)): kept[at:at + len(new)] = new
         yield self.finish(x), y
         at += len(x)
@@ -120,7 +125,7 @@ def paper_images(
             left -= images[t, split].nbytes * images[t, split].keep
     return images
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #3b49e8b4
+# %% ../../nbs/vision/24f_paper_world.ipynb #2b46b979
 def paper_world(
     model: str = "ViT-B-32", # open_clip architecture
     tasks: int | str | list = 8, # how many of the first, or names
@@ -134,6 +139,8 @@ def paper_world(
     **images, # options of `paper_images`: memory, cache, download
 ) -> World: # towers, task vectors and images are read when they are needed
     "The paper's tasks with a model and its fine-tuned checkpoints."
+    import open_clip
+    check_known("model", model, ["glyph", *open_clip.list_models()])
     names = task_names(tasks)
     base, tuned = find_checkpoints(checkpoints, model, names)
     clip, tokenizer, transforms = open_base(model, pretrained, device)
