@@ -145,11 +145,13 @@ def drop_entries(
     keep = torch.rand(entry.shape, generator=torch.Generator().manual_seed(seed)) >= drop
     return torch.where(keep.to(entry.device), at_least_float32(entry) / (1 - drop), 0)
 
-# %% ../nbs/method/06_baselines.ipynb #d0bf9d90
+# %% ../nbs/method/06_baselines.ipynb #3b34e62c
 class _Dropped(Mapping):
     "A task vector seen through DARE: each entry is dropped and rescaled when it is read."
-    def __init__(self, vector: Mapping[str, Tensor], drop: float, key: tuple): self.vector, self.drop, self.key = vector, drop, key
-    def __getitem__(self, name: str) -> Tensor: return drop_entries(self.vector[name], self.drop, (*self.key, name))
+    def __init__(self, vector: Mapping[str, Tensor], drop: float, key: tuple): self.vector, self.drop, self.key = vector, drop, key # key: (seed, task)
+    def __getitem__(self, name: str) -> Tensor:
+        entry = next(entries_of({self.key[-1]: self.vector}, name)) # a NaN is an error even where it would be dropped
+        return drop_entries(entry, self.drop, (*self.key, name))
     def __iter__(self) -> Iterator[str]: return iter(self.vector)
     def __len__(self) -> int: return len(self.vector)
 

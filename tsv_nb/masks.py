@@ -6,7 +6,7 @@
 __all__ = ['LAMBDAS', 'pack_bits', 'unpack_bits', 'TaskMasks', 'magnitude_masks', 'tall_masks', 'choose_lambdas',
            'consensus_merge']
 
-# %% ../nbs/method/06b_masks.ipynb #6343c0ed
+# %% ../nbs/method/06b_masks.ipynb #6e169446
 import hashlib
 import json
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .baselines import BASES, magnitude_threshold, precision, ties_merge
-from .checks import StateDictKeyError, check_option, check_same_keys
+from .checks import check_finite, check_option, check_same_keys
 from .compress import save_atomic
 from .task_vectors import Vectors, at_least_float32, header, named_vectors, stacked_entries, task_arithmetic
 
@@ -69,7 +69,7 @@ class TaskMasks:
         row = self.tasks.index(task)
         return {name: unpack_bits(p[row], self.shapes[name].numel()).reshape(self.shapes[name]) for name, p in self.packed.items()}
 
-# %% ../nbs/method/06b_masks.ipynb #4b76939c
+# %% ../nbs/method/06b_masks.ipynb #234925ef
 @patch
 def check(
     self: TaskMasks,
@@ -91,7 +91,8 @@ def apply(
 ) -> dict[str, Tensor]: # an estimate of the task's own vector, in the dtypes of `multi`
     "What one task keeps of a multi-task vector."
     self.check(multi)
-    return {name: torch.where(mask.to(multi[name].device), multi[name], 0) for name, mask in self.masks(task).items()}
+    entries = ((name, mask, multi[name]) for name, mask in self.masks(task).items())
+    return {name: torch.where(mask.to(entry.device), entry, 0) for name, mask, entry in entries}
 
 
 @patch
@@ -123,7 +124,7 @@ def magnitude_masks(
         return torch.stack([(x >= cut) & (x > 0) for x, cut in zip(stack, cuts.values())])
     return _masks(vectors, "magnitude", dict.fromkeys(vectors, float(density)), keep)
 
-# %% ../nbs/method/06b_masks.ipynb #c21957fe
+# %% ../nbs/method/06b_masks.ipynb #85b2c58e
 def _lambdas(lam: float | Mapping[str, float], vectors: Mapping[str, Mapping]) -> dict[str, float]:
     "One lambda for each task."
     if not isinstance(lam, Mapping): lam = dict.fromkeys(vectors, lam)
@@ -141,10 +142,11 @@ def tall_masks(
     "TALL masks: for each task the entries of the multi-task vector that are near its own."
     vectors = named_vectors(vectors)
     lams, multi = _lambdas(lam, vectors), task_arithmetic(vectors) if multi is None else multi
+    named_vectors(dict([next(iter(vectors.items())), ("(multi-task vector)", multi)])) # the same entries and shapes, or an error
     def keep(name: str) -> Tensor:
         stack, whole = (at_least_float32(x) for x in (stacked_entries(vectors, name), multi[name]))
+        check_finite(name, whole, "multi-task vector: tensor")
         return torch.stack([tau.abs() >= (whole - tau).abs() * l for tau, l in zip(stack, lams.values())])
-    named_vectors([next(iter(vectors.values())), multi])
     return _masks(vectors, "tall", lams, keep)
 
 # %% ../nbs/method/06b_masks.ipynb #a508c8f4
