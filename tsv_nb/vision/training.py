@@ -25,7 +25,7 @@ from .clip import ImageEncoder, image_state
 from .finetune import state_digest
 from .resume import BatchPlan, SeededImages, load_progress, position_seed, save_progress
 
-# %% ../../nbs/vision/23b_training.ipynb #df18baba
+# %% ../../nbs/vision/23b_training.ipynb #b80d2999
 PROTOCOL = dict(lr=1e-5, weight_decay=.1, warmup=500, batch=128, clip=1., label_smoothing=0., logit_scale=None, seed=0) # no scale: the model's own
 WORKING = dict(accumulate=1, workers=0, checkpoint_every=500) # how the work is done; the result is the same
 
@@ -36,9 +36,9 @@ def protocol_options(
     "The protocol with some entries replaced; raises `ValueError` for an unknown name or an impossible value."
     for name in changes: check_option("option of the protocol", name, PROTOCOL | WORKING)
     options = PROTOCOL | WORKING | changes
-    for name in ("batch", "accumulate", "checkpoint_every", "lr", "clip"):
-        least = 1 if isinstance(WORKING.get(name, PROTOCOL.get(name)), int) else 1e-12
+    for name, least in dict(batch=1, accumulate=1, checkpoint_every=1, warmup=0, workers=0, weight_decay=0, label_smoothing=0, lr=1e-12, clip=1e-12).items():
         if not least <= options[name] < math.inf: raise ValueError(f"{name} must be at least {least:g}, got {options[name]}.")
+    if options["label_smoothing"] >= 1: raise ValueError(f"label_smoothing must be below 1, got {options['label_smoothing']}.")
     return options
 
 
