@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tsv_nb import StateDictKeyError, apply_task_vector, is_matrix, task_arithmetic, task_vector, tsv_merge, weight_average
+from tsv_nb import StateDictKeyError, apply_task_vector, is_matrix, task_arithmetic, task_vector, weight_average
 from tsv_nb.task_vectors import named_vectors, task_weights
 
 

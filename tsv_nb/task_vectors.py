@@ -6,11 +6,10 @@
 __all__ = ['Vectors', 'at_least_float32', 'task_vector', 'apply_task_vector', 'header', 'moved', 'named_vectors', 'entries_of',
            'stacked_entries', 'task_arithmetic', 'task_weights', 'weight_average', 'is_matrix']
 
-# %% ../nbs/method/01_task_vectors.ipynb #007359e1
+# %% ../nbs/method/01_task_vectors.ipynb #15ffa63b
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from .checks import check_alike, check_finite, check_match, check_same_keys, check_state_dict, check_vector

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'CARS_NOTES', 'ParquetImages', 'parquet_images', 'svhn_images', 'cars_images', 'fer_images']
 
-# %% ../../nbs/vision/22b2_archives.ipynb #fb85502c
+# %% ../../nbs/vision/22b2_archives.ipynb #8d693502
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from ..checks import _few
 from .formats import BROKEN, ArrayImages, FileImages, TaskImages, match_classes, need
 
-# %% ../../nbs/vision/22b2_archives.ipynb #d689a4ed
+# %% ../../nbs/vision/22b2_archives.ipynb #a39e0873
 COLUMNS = {"image": ("image", "img", "img_bytes", "jpg", "png", "webp"), "label": ("label", "labels", "fine_label", "cls")}
 
 
@@ -28,10 +29,19 @@ class ParquetImages(TaskImages):
         self.table, self.column = table, column
 
     def read(self, i):
+        "Row `i`, decoded."
         value = self.table[i][self.column]
         return Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value))
 
-# %% ../../nbs/vision/22b2_archives.ipynb #a185fb4d
+# %% ../../nbs/vision/22b2_archives.ipynb #40b33166
+def _check_parts(files: Sequence[str | Path]) -> None:
+    "Raise if parts of a split are missing, as their names (…-00001-of-00004…) tell."
+    parts = [re.search(r"-(\d{5})-of-(\d{5})", Path(file).name) for file in files]
+    totals = {int(part[2]) for part in parts if part}
+    if totals and (len(totals) > 1 or len(files) != max(totals) or {int(part[1]) for part in parts if part} != set(range(max(totals)))):
+        raise FileNotFoundError(f"{files[0]}: {len(files)} of {max(totals)} parts are there; fetch the others, or delete what is left of another version.")
+
+
 def _parquet_labels(table, column: str, classnames: Sequence[str], aliases: Iterable[Sequence[str]], name: str, named: bool) -> list:
     "Labels of a table, put into the order of `classnames` where the column has names."
     values, names = table.data.column(column).to_pylist(), getattr(table.features[column], "names", None)
@@ -43,7 +53,7 @@ def _parquet_labels(table, column: str, classnames: Sequence[str], aliases: Iter
     order = match_classes(names, classnames, aliases, f"{name}, column {column!r}")
     return [order[names[v]] if v is not None and 0 <= v < len(names) else v for v in values]
 
-
+# %% ../../nbs/vision/22b2_archives.ipynb #6c7d7b09
 def parquet_images(
     files: Sequence[str | Path], # the parts of one split, in order
     classnames: Sequence[str], # in label order
@@ -53,6 +63,7 @@ def parquet_images(
 ) -> ParquetImages: # rows in the order of the files
     "Images and labels from parquet files, as Hugging Face repositories keep them."
     pq, datasets = need("pyarrow.parquet"), need("datasets")
+    _check_parts(files)
     for file in files:
         try: schema = pq.read_schema(file)
         except (need("pyarrow").ArrowInvalid, OSError) as error: raise ValueError(f"{file}: not a complete parquet file ({error}); fetch it again.") from error

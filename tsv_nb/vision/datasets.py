@@ -77,7 +77,7 @@ def validation_split(
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return order[:-n_val], order[-n_val:]
 
-# %% ../../nbs/vision/22_datasets.ipynb #8bc3bdfd
+# %% ../../nbs/vision/22_datasets.ipynb #23db2fc7
 def _found(task: PaperTask, split: str, root: Path, transform: Callable | None) -> Iterator[tuple[str, Callable[[], Dataset] | None]]:
     "Each place where a split may be, and how to load it if it is there."
     names = {"test": task.test_names, "val": task.val_names}.get(split, ("train",))
@@ -102,15 +102,20 @@ def _found(task: PaperTask, split: str, root: Path, transform: Callable | None) 
             path = base / task.torchvision["folder"]
             yield str(path), (lambda p=base: _torchvision(task, split, p, transform)) if path.is_dir() else None
 
-# %% ../../nbs/vision/22_datasets.ipynb #a0ae6fad
+
+def _find(task: PaperTask, split: str, root: Path, transform: Callable | None) -> Dataset | None:
+    "The first that is there."
+    return next((load() for _, load in _found(task, split, root, transform) if load), None)
+
+# %% ../../nbs/vision/22_datasets.ipynb #bcac400f
 def _torchvision(task: PaperTask, split: str, root: Path, transform: Callable | None, download: bool = False) -> Dataset:
     "What torchvision has under `root`, or puts there."
     kind = getattr(formats.need("torchvision.datasets"), task.torchvision["cls"])
     try: parts = [kind(root=str(root), download=download, **options) for options in task.torchvision[split]]
-    except RuntimeError as error:
+    except (RuntimeError, FileNotFoundError, *formats.BROKEN, AssertionError) as error: # it has no exception of its own for "incomplete"
         if download: raise
-        raise FileNotFoundError(f"{task.name}: {root / task.torchvision['folder']} is there, but torchvision cannot use it ({error}); "
-                                "complete it, or delete it and load with download=True.") from error
+        raise FileNotFoundError(f"{task.name}: {root / task.torchvision['folder']} is there, but torchvision cannot use it ({error or type(error).__name__}); "
+                                "complete it with download=True, or delete it first if that does not help.") from error
     images = [formats.VisionImages(part, len(task.classnames), f"{task.name} ({root})", transform) for part in parts]
     return images[0] if len(images) == 1 else ConcatDataset(images)
 
@@ -135,7 +140,7 @@ def _download(task: PaperTask, split: str, root: Path) -> None:
         hub = formats.need("huggingface_hub")
         hub.snapshot_download(task.hub["repo"], repo_type="dataset", revision=task.hub["revision"], allow_patterns=_patterns(task, split), local_dir=root / task.name)
 
-# %% ../../nbs/vision/22_datasets.ipynb #6f393c13
+# %% ../../nbs/vision/22_datasets.ipynb #cbbb4013
 def load_task(
     name: str, # one of PAPER_TASKS
     split: str = "train", # "train", "val" (set aside from the training images) or "test"
@@ -149,14 +154,16 @@ def load_task(
     [name] = task_names([name])
     task, root = PAPER_TASKS[name], Path(root).expanduser()
 
-    def find(part): return next((load() for _, load in _found(task, part, root, transform) if load), None)
-    own = find("val") if task.val_names and split != "test" else None
+    own = _find(task, "val", root, transform) if task.val_names and split != "test" else None
     if split == "val" and own is not None: return own
     part = "test" if split == "test" else "train"
-    data = find(part)
+    try: data = _find(task, part, root, transform)
+    except FileNotFoundError: # there, but incomplete
+        if not download: raise
+        data = None
     if data is None and download:
         _download(task, part, root)
-        data = find(part)
+        data = _find(task, part, root, transform)
     if data is None:
         looked = "".join(f"\n  {place}" for place, _ in _found(task, part, root, transform))
         raise FileNotFoundError(f"{name}: no {part} images. Looked for:{looked}\nPut one of them there, or load with download=True, which is\n  "

@@ -56,7 +56,7 @@ def match_classes(
     raise ValueError(f"{where}: {len(found)} classes, but the head has {n}: {'; '.join(parts) or 'names occur twice'}. "
                      "Complete or rename them; every class must be there under its name.")
 
-# %% ../../nbs/vision/22b_formats.ipynb #032c2430
+# %% ../../nbs/vision/22b_formats.ipynb #6506d5c6
 BROKEN = (OSError, SyntaxError, ValueError, IndexError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) # what decoders raise
 
 
@@ -88,18 +88,22 @@ class TaskImages(torch.utils.data.Dataset):
         except BROKEN as error: raise ValueError(f"{self.where(i)}: this image cannot be read ({error}); fetch it again.") from error
         return image if self.transform is None else self.transform(image), self.labels[i]
 
-    def where(self, i): return f"{self.name}, row {i}"
+    def where(self, i):
+        "What image `i` is called in a message."
+        return f"{self.name}, row {i}"
 
-# %% ../../nbs/vision/22b_formats.ipynb #bcc59a7a
+# %% ../../nbs/vision/22b_formats.ipynb #0789aa28
 class ArrayImages(TaskImages):
     "Images that are an array in memory: (n, h, w) or (n, h, w, 3), uint8."
     def __init__(self, images, labels, n_classes, name, transform=None):
         super().__init__(labels, n_classes, name, transform)
         self.images = images
 
-    def read(self, i): return Image.fromarray(self.images[i])
+    def read(self, i):
+        "Row `i` as a PIL image."
+        return Image.fromarray(self.images[i])
 
-# %% ../../nbs/vision/22b_formats.ipynb #b5ecc32b
+# %% ../../nbs/vision/22b_formats.ipynb #e9a70171
 SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
 
@@ -110,9 +114,12 @@ class FileImages(TaskImages):
         self.paths = [str(path) for path in paths]
 
     def read(self, i):
+        "File `i`, decoded."
         with Image.open(self.paths[i]) as image: return image.convert("RGB")
 
-    def where(self, i): return self.paths[i]
+    def where(self, i):
+        "The path of file `i`."
+        return self.paths[i]
 
 
 def folder_images(
@@ -130,13 +137,15 @@ def folder_images(
     pairs = [(f, labels[c.name]) for c in classes for f in files[c]]
     return FileImages(*zip(*pairs), len(classnames), folder, transform)
 
-# %% ../../nbs/vision/22b_formats.ipynb #a0abd269
+# %% ../../nbs/vision/22b_formats.ipynb #c72a8cd5
 class VisionImages(TaskImages):
     "A torchvision data set with checked labels."
     def __init__(self, data, n_classes, name, transform=None):
         labels = next((getattr(data, a) for a in ("targets", "labels", "_labels") if hasattr(data, a)), None)
         if labels is None: labels = [y for _, y in data._samples] if hasattr(data, "_samples") else [data[i][1] for i in range(len(data))]
-        super().__init__([int(y) for y in labels], n_classes, name, transform)
+        super().__init__(labels.tolist() if hasattr(labels, "tolist") else labels, n_classes, name, transform)
         self.data = data
 
-    def read(self, i): return self.data[i][0]
+    def read(self, i):
+        "torchvision's image `i`."
+        return self.data[i][0]
