@@ -22,7 +22,8 @@ from merging import deltas_of, moves, published_entry, published_merge, relative
 from safetensors.torch import load_file, save_file
 
 from tsv_nb import tsv_merge
-from tsv_nb.task_vectors import LazyTaskVector, task_vector
+from tsv_nb.lazy import LazyTaskVector
+from tsv_nb.task_vectors import task_vector
 
 HERE = Path(__file__).resolve().parent
 GOALS = {"speedup": 4, "memory": .25, "error": 1e-4}

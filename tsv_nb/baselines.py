@@ -95,16 +95,17 @@ def disjoint_merge(
     total = kept.sum(0, dtype=torch.float64)
     return (total / agrees.sum(0).clamp(min=1) if function == "mean" else total).to(trimmed.dtype)
 
-# %% ../nbs/method/06_baselines.ipynb #a23ef4ab
+# %% ../nbs/method/06_baselines.ipynb #feff7e9a
 BASES = {"task_arithmetic": ("weights",), "ties": ("density", "elect", "function", "weights")} # what other methods build on, with their options
 
 
 def _ties(vectors: Mapping[str, Mapping], dtypes: Mapping[str, torch.dtype], density=20., elect="mass", function="mean", weights=None) -> dict[str, Tensor]:
     "TIES on task vectors that have been checked, into entries of the given dtypes."
     first, weights = next(iter(vectors.values())), task_weights(weights, vectors)
+    dtype = _precision(first)
     cuts = [0. if density == 100 else magnitude_threshold(v, density, task) for task, v in vectors.items()]
     def _trimmed(name: str) -> Tensor:
-        stack = stacked_entries(vectors, name).to(_precision(first))
+        stack = stacked_entries(vectors, name).to(dtype)
         for slot, cut, w in zip(stack, cuts, weights): slot.masked_fill_(slot.abs() < cut, 0).mul_(w)
         return stack
     def _merged(name: str, x: Tensor, signs: Tensor) -> Tensor: return disjoint_merge(x, signs, function).to(dtypes[name])
@@ -145,13 +146,17 @@ def drop_entries(
     keep = torch.rand(entry.shape, generator=torch.Generator().manual_seed(seed)) >= drop
     return torch.where(keep.to(entry.device), at_least_float32(entry) / (1 - drop), 0)
 
-# %% ../nbs/method/06_baselines.ipynb #3b34e62c
+# %% ../nbs/method/06_baselines.ipynb #f118478a
 class _Dropped(Mapping):
     "A task vector seen through DARE: each entry is dropped and rescaled when it is read."
     def __init__(self, vector: Mapping[str, Tensor], drop: float, key: tuple): self.vector, self.drop, self.key = vector, drop, key # key: (seed, task)
     def __getitem__(self, name: str) -> Tensor:
         entry = next(entries_of({self.key[-1]: self.vector}, name)) # a NaN is an error even where it would be dropped
         return drop_entries(entry, self.drop, (*self.key, name))
+    def header(self, name: str) -> Tensor: # float32 for half precision, as the entries are
+        "What is known of an entry without drawing numbers for it."
+        known = header(self.vector, name)
+        return torch.empty((), dtype=torch.promote_types(known.dtype, torch.float32), device=known.device).expand(known.shape)
     def __iter__(self) -> Iterator[str]: return iter(self.vector)
     def __len__(self) -> int: return len(self.vector)
 

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-# %% ../../nbs/explore/40_plots.ipynb #c09b2763
+# %% ../../nbs/explore/40_plots.ipynb #8cd02198
 METHOD_COLORS = {
     "zero-shot": "#999999", "weight average": "#E69F00", "Task Arithmetic": "#D55E00", "TSV-M": "#0072B2",
     "TSV-M, alpha on validation": "#56B4E9", "TSV-C": "#009E73", "fine-tuned": "#000000",
+    "TIES": "#CC79A7", "DARE": "#DDCC77", "DARE-TIES": "#999933", "Consensus TA": "#882255", "Consensus TIES": "#AA4499", "KnOTS-TIES": "#CC6677",
+    "Iso-C": "#332288", "Iso-CTS": "#88CCEE", "calibrated TA": "#661100", "boosted TA": "#6699CC", "Core Space": "#44AA99",
+    "TALL masks": "#117733", "magnitude masks": "#888888",
 }
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -36,16 +39,31 @@ def _tasks(scores: Scores) -> list[str]:
         if set(accs) != set(first): raise ValueError(f"method {method!r} has other tasks than the first one: {sorted(set(accs) ^ set(first))}.")
     return first
 
-# %% ../../nbs/explore/40_plots.ipynb #b79c68e7
+# %% ../../nbs/explore/40_plots.ipynb #955dff9e
+def _lying_bars(scores: Scores, means: list[float], ax: Axes | None, title: str) -> Axes:
+    "One line per method, the first on top."
+    ax, rows = ax or plt.subplots(figsize=(6.4, .9 + .27 * len(scores)), layout="constrained")[1], range(len(scores))
+    ax.barh(rows, means, color=[method_color(s) for s in scores], alpha=.85)
+    for i, (m, accs) in enumerate(zip(means, scores.values())):
+        ax.plot([100 * a for a in accs.values()], [i] * len(accs), "o", ms=3, mfc="w", mec="k", mew=.6)
+        ax.text(2, i, f"{m:.1f}", va="center", color="w", weight="bold", fontsize=8)
+    ax.set_yticks(rows, list(scores), fontsize=8)
+    ax.set(title=title, xlabel="accuracy (%)", xlim=(0, 103), xticks=range(0, 101, 20))
+    ax.invert_yaxis()
+    return ax
+
+# %% ../../nbs/explore/40_plots.ipynb #c4eb9141
 def accuracy_bars(
     scores: Scores, # {method: {task: accuracy in [0, 1]}}
     ax: Axes | None = None, # axes to draw on; default: a new figure
     title: str = "Mean accuracy over tasks",
+    horizontal: bool = False, # one line per method: for many methods
 ) -> Axes:
     "Mean accuracy per method as bars, single tasks as dots."
     _tasks(scores)
-    ax = ax or plt.subplots(figsize=(1 + .95 * len(scores), 3.6), layout="constrained")[1]
     means = [100 * sum(a.values()) / len(a) for a in scores.values()]
+    if horizontal: return _lying_bars(scores, means, ax, title)
+    ax = ax or plt.subplots(figsize=(1 + .95 * len(scores), 3.6), layout="constrained")[1]
     bars = ax.bar(range(len(scores)), means, color=[method_color(s) for s in scores], alpha=.85)
     for bar, m in zip(bars, means): ax.text(bar.get_x() + bar.get_width() / 2, 4, f"{m:.1f}", ha="center", color="w", weight="bold")
     for i, accs in enumerate(scores.values()): ax.plot([i] * len(accs), [100 * a for a in accs.values()], "o", ms=3, mfc="w", mec="k", mew=.6)
