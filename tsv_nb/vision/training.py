@@ -52,7 +52,7 @@ def learning_rate(
     if step < warmup: return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
-# %% ../../nbs/vision/23b_training.ipynb #dba07d94
+# %% ../../nbs/vision/23b_training.ipynb #9dd51684
 def make_accelerator(
     mixed_precision: str | None = None, # "no", "fp16" or "bf16"; None: what `accelerate launch` was told, else "no"
     log_dir: str | Path | None = None, # folder for TensorBoard; None: no log
@@ -65,8 +65,6 @@ def make_accelerator(
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with="tensorboard" if log_dir else None, project_dir=log_dir)
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"accelerate is configured for {kind}, which cuts the tower itself into shards; choose plain data parallelism.")
-    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp: # accelerate would go on in float32, and call it fp16
-        raise ValueError(f"fp16 does not work on {accelerator.device.type}; choose bf16 or no.")
     return accelerator
 
 # %% ../../nbs/vision/23b_training.ipynb #5a70871d
