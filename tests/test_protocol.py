@@ -285,13 +285,16 @@ def test_two_processes(tmp_path):
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
     model, head, images = data(torch.double, n=33)
     one = finetune_task(model, head, images, 2, **RECIPE)
+    clipped = finetune_task(model, head, images, 2, clip=14., **RECIPE) # some steps are clipped and some are not: Adam hides a constant factor
     for rank in ranks:
+        assert all(torch.equal(rank["clipped"][k], ranks[0]["clipped"][k]) for k in one)
+        assert distance(image_state(model), clipped, rank["clipped"]) < 1e-8 < 1e-3 < distance(image_state(model), one, clipped)
         for run in ("whole", "pieces", "resumed"):
             assert all(torch.equal(rank[run][k], ranks[0][run][k]) for k in one), run
             assert distance(image_state(model), one, rank[run]) < 1e-8, run
         assert all(torch.equal(rank["whole"][k], rank["resumed"][k]) for k in one)
         assert rank["losses"] == pytest.approx(ranks[0]["losses"]) and rank["losses"][-1] < rank["losses"][0]
-        assert rank["accuracy"] == dataset_accuracy(model.visual, head, images)
+        assert rank["accuracy"] == pytest.approx(3 / 5)
         assert "step to start with: the processes disagree" in rank["error"] and "[0, 6]" in rank["error"]
 
 
