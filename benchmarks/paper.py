@@ -20,7 +20,7 @@ from tsv_nb.beyond import isotropic_merge
 from tsv_nb.vision.evaluate import World, choose_alpha, load_world
 
 COUNTS = (8, 14, 20)
-FINE = [.05, .1, .15, .2, .25, .3, .4, .5, .6, .8, 1., 1.2, 1.4]
+FINE = [.05, .1, .15, .2, .25, .3, .4, .5, .6, .8, 1., 1.2, 1.4, 1.7, 2., 2.5]
 
 
 def mean(accs): return sum(accs.values()) / len(accs)
@@ -68,11 +68,19 @@ def tasks(world):
     return result
 
 
+def by_share(world, k):
+    "TSV-M that keeps k of 448 components in the square layers, and the same share, at least one, in smaller matrices."
+    groups = {}
+    for name, treatment in merge_plan(world.vectors, small="average").items(): groups.setdefault(max(1, min(world.pretrained[name].shape) * k // 448) if treatment.how == "merge" else None, []).append(name)
+    parts = [tsv_merge({t: {n: v[n] for n in names} for t, v in world.vectors.items()}, rank=r, small="average") for r, names in groups.items()]
+    return {n: x for part in parts for n, x in part.items()}
+
+
 def rank(world):
-    "TSV-M and TSV-C, 8 tasks, against the share of components that each task keeps."
+    "TSV-M and TSV-C, 8 tasks, against the number of components that each task keeps."
     w, result = some(world, 8), {"TSV-M": {}, "TSV-C": {}}
     own = w.finetuned_accuracy()
-    for k in tqdm([1, 2, 3, 5, 8, 12, 18, 28, 40, 56], desc="rank of TSV-M"): result["TSV-M"][k] = w.accuracy(apply_task_vector(w.pretrained, tsv_merge(w.vectors, rank=k, small="average")))
+    for k in tqdm([1, 2, 3, 5, 8, 12, 18, 28, 40, 56], desc="rank of TSV-M"): result["TSV-M"][k] = w.accuracy(apply_task_vector(w.pretrained, by_share(w, k)))
     for k in tqdm([1, 2, 3, 5, 8, 12, 18, 28, 40, 56, 112, 224], desc="rank of TSV-C"):
         archives = {t: compress(v, rank=k) for t, v in w.vectors.items()}
         result["TSV-C"][k] = {"bytes": sum(a.ratio for a in archives.values()) / len(archives), "accuracy": {t: w.accuracy(a.apply_to(w.pretrained), tasks=[t])[t] for t, a in archives.items()}}

@@ -31,7 +31,7 @@ def shared_basis(
     rank = numerical_rank(lam.clamp_min(0).sqrt(), (m, T * n), stored)
     return U[:, :rank].to(at_least_float32(deltas).dtype)
 
-# %% ../nbs/method/07b_spaces.ipynb #09ca27f5
+# %% ../nbs/method/07b_spaces.ipynb #d83b350b
 def _rest(vectors: Mapping[str, Mapping[str, Tensor]], matrices: Sequence[str], method: Callable, options: Mapping) -> dict[str, Tensor]:
     "What has no other coordinates, merged by the base as it is."
     names = [name for name in next(iter(vectors.values())) if name not in matrices]
@@ -52,7 +52,7 @@ def knots_merge(
     used = [name for name in matrices if bases[name].numel()] # a matrix that no task has moved stays zero
     aligned = {task: {name: bases[name].mT @ at_least_float32(v[name]) for name in used} for task, v in vectors.items()}
     merged, rest = method(aligned, **options) if used else {}, _rest(vectors, matrices, method, options)
-    def _back(name: str) -> Tensor: return bases[name] @ merged[name] if name in merged else torch.zeros_like(header(first, name))
+    def _back(name: str) -> Tensor: return bases[name] @ merged[name] if name in merged else torch.zeros_like(header(first, name), memory_format=torch.contiguous_format)
     return {name: (_back(name) if name in bases else rest[name]).to(header(first, name).dtype) for name in first}
 
 # %% ../nbs/method/07b_spaces.ipynb #1817a412

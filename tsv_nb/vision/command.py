@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_options', 'world_options', 'open_world', 'run_eval', 'eval_command', 'tsv_eval']
 
-# %% ../../nbs/vision/24g_command.ipynb #21079e5b
+# %% ../../nbs/vision/24g_command.ipynb #b654c1df
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,10 @@ from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from tqdm.auto import tqdm
 
-from ..checks import check_option
-from .contenders import SUITE
 from .evaluate import World, load_world
 from .protocol import _words_of
 from .records import Records
-from .suite import evaluate_suite, results_path, suite_table
+from .suite import check_request, evaluate_suite, results_path, suite_table
 
 # %% ../../nbs/vision/24g_command.ipynb #769f9154
 def image_options(
@@ -47,7 +45,14 @@ def world_options(
     "What to evaluate on."
     return dict(seed=seed, checkpoints=checkpoints, data=data, pretrained=pretrained, published=published, device=device, batch=batch, workers=workers, **image_options(**kwargs))
 
-# %% ../../nbs/vision/24g_command.ipynb #58dc64f9
+# %% ../../nbs/vision/24g_command.ipynb #104df795
+def _list(text: str | None, kind: type, what: str) -> list | None:
+    "A list written with commas."
+    if text is None: return None
+    try: return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError as e: raise ValueError(f"{what} must be numbers with commas between them, got {text!r}.") from e
+
+
 def _check_machine(device: str, batch: int, workers: int) -> None:
     "Raise `ValueError` for a device that cannot be used, and for sizes that make no sense."
     if batch < 1 or workers < 0: raise ValueError(f"batch must be at least 1 and workers at least 0, got {batch} and {workers}.")
@@ -68,24 +73,16 @@ def open_world(
         from tsv_nb.vision.paper_world import paper_world
         options.pop("seed")
         return paper_world(model, tasks, **options)
-    world = load_world(int(tasks) if tasks.strip().isdecimal() else [t.strip() for t in tasks.split(",")], options["seed"], progress)
+    world = load_world(int(tasks) if tasks.strip().isdecimal() else _list(tasks, str, "tasks"), options["seed"], progress)
     world.encoder.to(options["device"])
     world.batch = options["batch"]
     return world
 
-# %% ../../nbs/vision/24g_command.ipynb #8cabb035
-def _list(text: str | None, kind: type, what: str) -> list | None:
-    "A list written with commas."
-    if text is None: return None
-    try: return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError as e: raise ValueError(f"{what} must be numbers with commas between them, got {text!r}.") from e
-
-
+# %% ../../nbs/vision/24g_command.ipynb #9fe3f447
 def _alpha(text: str) -> str | float:
-    "A number, or one of the two words."
+    "A number, or a word."
     try: return float(text)
-    except ValueError: check_option("alpha (and no number)", text, ("validation", "default"))
-    return text
+    except ValueError: return text
 
 
 @delegates(world_options)
@@ -104,8 +101,8 @@ def run_eval(
 ) -> tuple[dict, Path]: # results; the file they are in
     "Evaluate zero-shot and fine-tuned networks, merging methods, masks and compression."
     names = None if methods == "all" else _list(methods, str, "methods")
-    for n in names or (): check_option("method", n, SUITE)
     asked = dict(methods=names, alpha=_alpha(alpha), points=points, grid=_list(grid, float, "grid"), ranks=_list(ranks, int, "ranks") or [])
+    check_request(**asked)
     Records(out).close()
     world = open_world(model, tasks, progress, **kwargs)
     results = evaluate_suite(world, **asked, out=out, progress=progress, force=force)

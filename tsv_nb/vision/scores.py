@@ -28,7 +28,7 @@ def world_digests(
     data = {split: {t: data_digest(world.data[t, split]) for t in world.names} for split in splits}
     return dict(base=state_digest(world.pretrained)[:32], finetuned=towers, heads=heads, data=data)
 
-# %% ../../nbs/vision/24d_scores.ipynb #fee50f95
+# %% ../../nbs/vision/24d_scores.ipynb #6b43b173
 class Scores:
     "Accuracies of contenders, each computed once."
     def __init__(self,
@@ -51,7 +51,8 @@ class Scores:
         "What the contender's preparation gives; only the last one is kept."
         if self.ready[0] is not c:
             self.ready, start = (None, None), time.perf_counter()
-            self.ready = c, c.prepare(self.world)
+            try: self.ready = c, c.prepare(self.world)
+            except ValueError as e: raise ValueError(f"{c.title} ({c.name}): {e}") from e
             if self.key(c) not in self.records: self.records.add(self.key(c), method=c.name, seconds=round(time.perf_counter() - start, 3))
         return self.ready[1]
 
