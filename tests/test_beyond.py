@@ -159,6 +159,15 @@ def test_calibration_of_copies_and_of_tasks_that_do_not_meet(g):
     assert relative(calibrated_merge(blocks)["w"], sum(b["w"] for b in blocks)) < 1e-5
 
 
+@pytest.mark.parametrize("unit", [1., 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_calibration_does_not_listen_to_rounding_noise(g, unit, dtype):
+    "Tasks that do not meet, in general position: where one has nothing to say, its response is rounding noise, not zero."
+    Q, R = (torch.linalg.qr(torch.randn(n, 12, generator=g))[0] for n in (40, 30))
+    v = [{"w": unit * ((Q[:, t::3] * torch.arange(12., 0., -1)[t::3]) @ R[:, t::3].T).to(dtype)} for t in range(3)]
+    assert relative(calibrated_merge(v)["w"], sum(d["w"] for d in v)) < 1e-4
+
+
 def test_calibration_only_shrinks_a_sum(g):
     v = make_vectors(g, 6, {"w": (50, 30)})
     U, S, Vh = torch.linalg.svd(task_arithmetic(v)["w"].double(), full_matrices=False)
@@ -221,7 +230,7 @@ def test_small_matrices(g, shape):
     assert relative(isotropic_merge(v)["w"], iso_c(d)) < 1e-4
     assert relative(isotropic_merge(v, .8)["w"], iso_c(d) if min(shape) < 4 else iso_cts(d, .8)) < 1e-4
     assert relative(calibrated_merge(v)["w"], svc(sum(d), d, 1.)) < 1e-4
-    assert isotropic_merge(v, 0.)["w"].isfinite().all()
+    if min(shape) < 4: assert relative(isotropic_merge(v, 0.)["w"], iso_c(d)) < 1e-4 # round(3 / 4) places would be more than there are
 
 
 # ---- what is not a matrix, inputs, bases, errors

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tsv_nb import StateDictKeyError, task_arithmetic, task_vector, tsv_merge, weight_average
+from tsv_nb.lazy import LazyTaskVector, SafetensorsFile, TorchFile
+from tsv_nb.task_vectors import named_vectors
 from tsv_nb.vision import checkpoints
 from tsv_nb.vision.checkpoints import (checkpoint_path, convert_tower, find_checkpoints, hf_to_open_clip, lazy_vectors, load_tower, open_clip_to_hf,
                                        open_tower)
@@ -168,9 +170,10 @@ def test_a_projection_in_the_file_wins(hf):
 
 
 def test_parts_of_a_split_do_not_share_memory(tower):
-    got = open_clip_to_hf(tower)
-    got[ATTENTION.format(0, "q", "weight")].zero_(); got["visual_projection.weight"].zero_()
-    assert tower["transformer.resblocks.0.attn.in_proj_weight"].any() and tower["proj"].any()
+    before, got = {k: v.clone() for k, v in tower.items()}, open_clip_to_hf(tower)
+    for part in "qkv": got[ATTENTION.format(0, part, "weight")].zero_()
+    got["visual_projection.weight"].zero_()
+    assert same(tower, before)
 
 
 def drop(*names): return lambda s: {k: v for k, v in s.items() if k not in names}
@@ -281,8 +284,9 @@ def test_every_format_of_every_layout(tmp_path, tower):
     (tmp_path / "binshards/pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {n: f"pytorch_model-{i % 2}.bin" for i, n in enumerate(names)}}))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "openclip/open_clip_model.safetensors")
     publish(clip(), tmp_path / "published.pt")
-    paths = [p for p in sorted(tmp_path.iterdir())]
-    assert len(paths) == 13
+    for name in ("own.safetensors", "hf.bin", "legacy.pt"): (tmp_path / f"{name}.renamed").write_bytes((tmp_path / name).read_bytes()) # known by their first bytes
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 16
     for path in paths:
         assert same(load_tower(path), tower), path
         lazy = open_tower(path)
@@ -406,14 +410,14 @@ def test_files_without_a_state_dict(tmp_path, content):
 def test_paths_that_lead_nowhere(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*nothing.pt"): load_tower(tmp_path / "nothing.pt")
     (tmp_path / "x.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match="name ends in one of .safetensors, .pt"): load_tower(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="x.ckpt' is damaged, incomplete or not a checkpoint"): load_tower(tmp_path / "x.ckpt")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="no weights in folder .*expected one of model.safetensors"): load_tower(tmp_path)
 
 
 @pytest.mark.parametrize("index, error, message", [
     ("{", ValueError, "index.json' is damaged"), ("[]", ValueError, "is damaged"), ('{"weight_map": 3}', ValueError, "is damaged"), ('{"weight_map": {"a": ["x"]}}', ValueError, "is damaged"),
-    ('{"weight_map": {"a": "model.safetensors.index.json"}}', ValueError, "the index names another index"), ('{"weight_map": {"a": "x.txt"}}', ValueError, "name ends in one of"),
+    ('{"weight_map": {"a": "model.safetensors.index.json"}}', ValueError, "the index names files of another kind"), ('{"weight_map": {"a": ".."}}', ValueError, "files of another kind"),
     ('{"weight_map": {"a": "none.safetensors"}}', FileNotFoundError, "no checkpoint at .*none.safetensors"),
     ('{"weight_map": {"conv1.weight": "1.safetensors", "b": "1.safetensors"}}', ValueError, "tensor 'b' should be in '1.safetensors' and is not"),
     ('{"weight_map": {"a": "../outside.safetensors"}}', FileNotFoundError, "folder.outside.safetensors")])
@@ -484,7 +488,7 @@ def test_checkpoints_are_found(tmp_path):
     m = tmp_path / "ViT-B-32"
     a, b, c = touch(m / "MNISTVal/nonlinear_finetuned.pt"), touch(m / "SVHN/nonlinear_finetuned.safetensors"), touch(m / "DTDVal/nonlinear_finetuned.pt")
     base = touch(m / "DTDVal/nonlinear_zeroshot.pt")
-    touch(m / "MNISTVal/nonlinear_zeroshot.json") # not a checkpoint
+    touch(m / "AVal/nonlinear_zeroshot.json") # not a checkpoint
     assert find_checkpoints(tmp_path, "ViT-B-32", ["MNIST", "SVHNVal", "DTD"]) == (base, {"MNIST": a, "SVHNVal": b, "DTD": c})
     assert find_checkpoints(tmp_path, "ViT-B-32", ("MNIST",)) == (base, {"MNIST": a}) # a base in any folder will do
     own = touch(m / "MNISTVal/nonlinear_zeroshot.safetensors")
@@ -531,6 +535,23 @@ def test_merging_from_files_gives_the_same_bits(published, mixed):
         got, want = method(lazy, **options), method(eager, **options)
         assert same(got, want), (method, options)
     assert not tsv_merge(lazy)["ln_pre.weight"].any()
+
+
+def test_opening_and_planning_read_no_numbers(published, monkeypatch):
+    "Names, shapes and types come from the headers; membership, key views and comparisons, too."
+    folder, _ = published
+    base, paths = find_checkpoints(folder, "m", ["MNIST", "SVHN"])
+    paths["HF"] = convert_tower(base, folder / "hf.safetensors", "huggingface")
+    reads = []
+    for kind in (TorchFile, SafetensorsFile):
+        def counted(self, names, original=kind._read):
+            reads.extend(names)
+            return original(self, names)
+        monkeypatch.setattr(kind, "_read", counted)
+    vectors = named_vectors(lazy_vectors(base, paths))
+    assert "proj" in vectors["HF"] and "proj" in open_tower(paths["HF"]) and "nothing" not in open_tower(base)
+    assert not vectors["HF"].keys() ^ vectors["MNIST"].keys() and len(LazyTaskVector(base, paths["MNIST"])) > len(vectors["HF"]) and not reads
+    assert vectors["HF"]["transformer.resblocks.0.attn.in_proj_weight"].shape == (72, 24) and len(reads) == 4 # one of the base, q, k, v
 
 
 def test_lazy_vectors_of_vision_models_without_projection(tmp_path, tower):

@@ -15,7 +15,8 @@ from tsv_nb.baselines import ties_merge
 from tsv_nb.checks import StateDictKeyError
 from tsv_nb.compress import compress
 from tsv_nb.masks import LAMBDAS, TaskMasks, choose_lambdas, consensus_merge, magnitude_masks, pack_bits, tall_masks, unpack_bits
-from tsv_nb.task_vectors import LazyTaskVector, apply_task_vector, task_arithmetic
+from tsv_nb.lazy import LazyTaskVector
+from tsv_nb.task_vectors import apply_task_vector, task_arithmetic
 
 SHAPES = {"w": (20, 12), "odd": (9, 7), "b": (7,), "scale": (), "conv": (4, 3, 3, 3), "one": (1,), "none": (0, 3)}
 

@@ -15,6 +15,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -165,7 +166,7 @@ def test_augmentation_is_a_function_of_the_position():
 # --- pieces, processes, interruptions
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 16])
+@pytest.mark.parametrize("accumulate", [3, 16])
 def test_pieces_give_the_tower_of_the_batch(accumulate):
     model, head, images = data(torch.double)
     whole, cut = (finetune_task(model, head, images, 2, accumulate=a, **RECIPE) for a in (1, accumulate))
@@ -182,7 +183,7 @@ def forgetful(model):
     return model
 
 
-@pytest.mark.parametrize("steps", [[1], [3], [4], [5, 6], [1, 2, 3, 4, 5, 6]], ids=str)
+@pytest.mark.parametrize("steps", [[1], [4], [3, 5, 6]], ids=str)
 def test_resumed_is_bit_identical(tmp_path, steps):
     model, head, images = data()
     model, images = forgetful(model), Noisy(*images.tensors)
@@ -235,34 +236,46 @@ def test_other_data_head_epochs_or_facts_are_named(tmp_path):
         with pytest.raises(ValueError, match=rf"{name} was .* and is now"): run(**{"facts": {"augment": "train"}, **change})
 
 
-def test_loss_scale_is_saved_and_restored(tmp_path):
-    "fp16 needs a GPU, but its loss scale does not: here it doubles every second step."
+@pytest.fixture
+def fresh_accelerator():
+    "Precision is set once per process; these tests set another one and put it back."
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_fp16_with_its_loss_scale(fresh_accelerator, tmp_path):
+    "accelerate allows fp16 on GPUs only; PyTorch has it on the CPU too, so its settings are made by hand. The first scale is too large: steps are left out until it fits."
     model, head, images = data()
+    scales, losses = [], []
 
     def run(**kw):
+        AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = make_accelerator()
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.**10, growth_interval=2)
-        return finetune_task(model, head, images, 2, accelerator=accelerator, **RECIPE, **kw)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.**20, growth_interval=2)
+        note = lambda d, loss, r: (scales.append(accelerator.scaler.get_scale()), losses.append(loss))
+        return finetune_task(model, head, images, 8, accelerator=accelerator, **RECIPE, **{"on_step": note, **kw})
     whole = run()
-    with pytest.raises(Interrupted): run(checkpoint=tmp_path / "c.pt", checkpoint_every=5, on_step=stop_at(6))
+    assert scales[:4] == [2.**19, 2.**18, 2.**17, 2.**16] and scales[-1] > min(scales) and losses[-1] < losses[0] / 2
+    with pytest.raises(Interrupted): run(checkpoint=tmp_path / "c.pt", checkpoint_every=5, on_step=stop_at(14))
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    assert saved["step"] == 3 and saved["scaler"]["scale"] == 2.**11 and saved["scaler"]["_growth_tracker"] == 1
+    assert saved["step"] == 12 and saved["scaler"]["scale"] == scales[11]
     resumed = run(checkpoint=tmp_path / "c.pt")
-    assert torch.load(tmp_path / "c.pt", weights_only=True)["scaler"]["scale"] == 2.**13
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    plain = finetune_task(model, head, images, 2, **RECIPE)
-    assert distance(image_state(model), plain, whole) < 1e-2 # scaled and unscaled: no change
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole) and {v.dtype for v in whole.values()} == {torch.float32}
+    with pytest.raises(ValueError, match="mixed_precision was 'fp16' and is now 'no'"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        finetune_task(model, head, images, 8, checkpoint=tmp_path / "c.pt", **RECIPE)
 
 
-def test_bf16_on_the_cpu():
-    from accelerate.state import AcceleratorState
+def test_bf16_on_the_cpu(fresh_accelerator):
     model, head, images = data()
-    plain, losses = finetune_task(model, head, images, 10, **RECIPE), []
+    losses, run = [], lambda accelerator: finetune_task(model, head, images, 8, accelerator=accelerator, on_step=lambda d, loss, r: losses.append(loss), **RECIPE)
+    half, half_losses = run(make_accelerator("bf16")), losses.copy()
     AcceleratorState._reset_state(reset_partial_state=True)
-    try: half = finetune_task(model, head, images, 10, accelerator=make_accelerator("bf16"), on_step=lambda d, loss, r: losses.append(loss), **RECIPE)
-    finally: AcceleratorState._reset_state(reset_partial_state=True)
-    assert {v.dtype for v in half.values()} == {torch.float32} and losses[-1] < losses[0] / 2
-    assert 1e-4 < distance(image_state(model), plain, half) < 1
+    plain = run(make_accelerator())
+    assert {v.dtype for v in half.values()} == {torch.float32} and half_losses[-1] < half_losses[0] / 2
+    assert 1e-3 < distance(image_state(model), plain, half) < 1
 
 
 def test_two_processes(tmp_path):
@@ -272,13 +285,16 @@ def test_two_processes(tmp_path):
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
     model, head, images = data(torch.double, n=33)
     one = finetune_task(model, head, images, 2, **RECIPE)
+    clipped = finetune_task(model, head, images, 2, clip=14., **RECIPE) # some steps are clipped and some are not: Adam hides a constant factor
     for rank in ranks:
+        assert all(torch.equal(rank["clipped"][k], ranks[0]["clipped"][k]) for k in one)
+        assert distance(image_state(model), clipped, rank["clipped"]) < 1e-8 < 1e-3 < distance(image_state(model), one, clipped)
         for run in ("whole", "pieces", "resumed"):
             assert all(torch.equal(rank[run][k], ranks[0][run][k]) for k in one), run
             assert distance(image_state(model), one, rank[run]) < 1e-8, run
         assert all(torch.equal(rank["whole"][k], rank["resumed"][k]) for k in one)
         assert rank["losses"] == pytest.approx(ranks[0]["losses"]) and rank["losses"][-1] < rank["losses"][0]
-        assert rank["accuracy"] == dataset_accuracy(model.visual, head, images)
+        assert rank["accuracy"] == pytest.approx(3 / 5)
         assert "step to start with: the processes disagree" in rank["error"] and "[0, 6]" in rank["error"]
 
 
@@ -412,7 +428,7 @@ def test_command_writes_what_it_says(few, capsys, tmp_path):
     head = load_file(tmp_path / "glyph" / "head_digitsVal.safetensors")["head"]
     clip.visual.load_state_dict(tower)
     after = dataset_accuracy(clip.visual, head, suite.images("digits", "val"))
-    assert float(meta["validation_after"]) == after and json.loads(meta["versions"])["torch"] == torch.__version__
+    assert float(meta["validation_after"]) == after and torch.__version__.startswith(json.loads(meta["versions"])["torch"])
     row = next(line.split() for line in text.splitlines() if line.startswith("digits"))
     assert row == ["digits", f"{100 * float(meta['validation_before']):.1f}", f"{100 * after:.1f}"]
     assert max(map(len, text.splitlines())) < 80 and text.splitlines()[-1].startswith("mean")
@@ -460,8 +476,8 @@ def test_class_count_that_disagrees_with_the_head(few, tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--model", "ViT-B_32"], "unknown model 'ViT-B_32'; did you mean 'ViT-B-32'"), (["--model", "zzz"], "unknown model 'zzz'; known: 'glyph'" if False else "unknown model 'zzz'; known: glyph, "),
-    (["--tasks", "mnits"], "did you mean 'MNIST'"), (["--tasks", "21"], "got 21"), ([*GLYPH, "--tasks", "0"], "there are 20 glyph tasks, got 0"), ([*GLYPH, "--tasks", "digit"], "did you mean 'digits'?"),
+    (["--model", "ViT-B_32"], "unknown model 'ViT-B_32'; did you mean 'ViT-B-32'"), (["--model", "zzz"], "unknown model 'zzz'; known: glyph, "),
+    (["--tasks", "mnits"], "did you mean 'MNIST'"), (["--tasks", "21"], "got 21"), ([*GLYPH, "--tasks", "0"], "there are 20 glyph tasks, got 0"), ([*GLYPH, "--tasks", "digit"], "did you mean 'digits' or"),
     (["--pretrained", "opnai"], "did you mean 'openai'"), (["--augment", "no"], "unknown augment 'no'"), ([*GLYPH, "--mixed_precision", "fp8"], "unknown mixed precision 'fp8'; known: 'no', 'fp16', 'bf16'"),
     ([*GLYPH, "--epochs", "0"], "epochs must be at least 1, got 0"), ([*GLYPH, "--pretrained", "nowhere.safetensors"], "no GlyphCLIP weights at 'nowhere.safetensors'"), ([*GLYPH, "--lr", "-1"], "lr must be at least")])
 def test_bad_options(few, capsys, tmp_path, args, message):
@@ -469,12 +485,10 @@ def test_bad_options(few, capsys, tmp_path, args, message):
     assert text.startswith("tsv_finetune: ") and message in text and not list(tmp_path.glob("x/**/*.safetensors"))
 
 
-def test_no_half_precision_on_the_cpu(capsys, tmp_path):
+def test_no_fp16_without_a_gpu(fresh_accelerator, capsys, tmp_path):
     if torch.cuda.is_available(): pytest.skip("there is a GPU")
-    from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try: assert "fp16 mixed precision requires" in said(capsys, *GLYPH, "--tasks", "digits", "--mixed-precision", "fp16", "--out", tmp_path)
-    finally: AcceleratorState._reset_state(reset_partial_state=True)
+    # accelerate 1.15 would go on in float32 without a word
+    assert "fp16 does not work on cpu; choose bf16 or no." in said(capsys, *GLYPH, "--tasks", "digits", "--mixed-precision", "fp16", "--out", tmp_path)
 
 
 def test_ctrl_c(monkeypatch, capsys):
@@ -564,13 +578,15 @@ def test_augment_val_has_no_crop(small_arch, mnist_folder, monkeypatch, tmp_path
         assert seen == dict(train=same, val=True)
 
 
-@pytest.mark.parametrize("args", [["--help"], GLYPH[:2] + ["--tasks", "digits", "--epochs", "1", "--checkpoint-every=2"]], ids=["help", "run"])
-def test_as_a_module(tmp_path, args):
-    done = child("-m", "tsv_nb.vision.protocol", *args, "--out", tmp_path)
+def test_help(capsys):
+    with pytest.raises(SystemExit) as e: tsv_finetune(["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and all(o in text for o in ("--model", "--tasks", "--lr", "--accumulate", "--download"))
+
+
+def test_as_a_module(tmp_path):
+    done = child("-m", "tsv_nb.vision.protocol", *GLYPH[:4], "--tasks", "digits", "--checkpoint-every=2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for part in (done.stdout, done.stderr) for line in part.replace("\r", "\n").splitlines()]
-    if args == ["--help"]:
-        assert all(o in done.stdout for o in ("--model", "--tasks", "--lr", "--accumulate", "--download"))
-    else:
-        assert max(map(len, lines)) < 80 and any("digits 1/1" in line and "7/7" in line for line in lines)
-        assert (tmp_path / "glyph" / "digitsVal" / "nonlinear_finetuned.safetensors").exists() and not list(tmp_path.rglob("checkpoint.pt"))
+    assert max(map(len, lines)) < 80 and any("digits 1/1" in line and "7/7" in line for line in lines)
+    assert (tmp_path / "glyph" / "digitsVal" / "nonlinear_finetuned.safetensors").exists() and not list(tmp_path.rglob("checkpoint.pt"))

@@ -6,12 +6,13 @@
 __all__ = ['BASE_METHODS', 'isotropic_merge', 'base_method', 'calibrate_singular_values', 'calibrated_merge',
            'boost_singular_values', 'boosted_merge']
 
-# %% ../nbs/method/07_beyond.ipynb #67f1e206
+# %% ../nbs/method/07_beyond.ipynb #dfa7df52
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .baselines import ties_merge
 from .checks import check_finite, check_match, check_option, check_same_keys, check_vector
 from .low_rank import Factors, numerical_rank, truncated_svd
 from .merge import whiten_factors
@@ -81,8 +82,8 @@ def isotropic_merge(
         merged[name] = (_isotropic(entries, common) if matrix else at_least_float32(entries).mean(0)).to(entries.dtype)
     return merged
 
-# %% ../nbs/method/07_beyond.ipynb #527a6c38
-BASE_METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {"task_arithmetic": task_arithmetic}
+# %% ../nbs/method/07_beyond.ipynb #2304eec2
+BASE_METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {"task_arithmetic": task_arithmetic, "ties": ties_merge}
 
 
 def base_method(

@@ -19,7 +19,7 @@ from torch import Tensor
 from .checks import check_alike, check_same_keys
 from .task_vectors import header, task_vector
 
-# %% ../nbs/method/01b_lazy_vectors.ipynb #54cb0cc8
+# %% ../nbs/method/01b_lazy_vectors.ipynb #47c90b76
 class TensorFile(Mapping):
     "The tensors of a file: headers are read at once, numbers when they are asked for."
     def __init__(self, path: str | Path):
@@ -35,6 +35,7 @@ class TensorFile(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.headers: raise KeyError(name)
         return self._read([name])[name]
+    def __contains__(self, name: object) -> bool: return name in self.headers # Mapping's own reads the entry
     def __iter__(self) -> Iterator[str]: return iter(self.headers)
     def __len__(self) -> int: return len(self.headers)
     def _damaged(self, e: Exception) -> ValueError:
@@ -90,7 +91,7 @@ class TorchFile(TensorFile):
         self.index, self.used = (index, self.used) if self.mapped and self.used < self.keep else (None, 0)
         return found
 
-# %% ../nbs/method/01b_lazy_vectors.ipynb #9c0954b2
+# %% ../nbs/method/01b_lazy_vectors.ipynb #71b347c6
 _IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -99,13 +100,19 @@ class ShardedFile(TensorFile):
     def _headers(self) -> dict[str, Tensor]:
         try: files = {name: Path(file).name for name, file in json.loads(self.path.read_text(encoding="utf-8"))["weight_map"].items()} # inside the folder, whatever it says
         except (ValueError, LookupError, TypeError, AttributeError) as e: raise self._damaged(e) from e
-        if any(file.endswith(".json") for file in files.values()): raise self._damaged(ValueError("the index names another index"))
+        if any(Path(file).suffix not in (".safetensors", ".bin") for file in files.values()): raise self._damaged(ValueError("the index names files of another kind"))
         shards = {file: open_tensors(self.path.parent / file) for file in sorted(set(files.values()))}
         for name, file in files.items():
             if name not in shards[file]: raise ValueError(f"{self.where}: tensor {name!r} should be in {file!r} and is not; download the folder again.")
         self.shards = {name: shards[file] for name, file in files.items()}
         return {name: shard.header(name) for name, shard in self.shards.items()}
     def _read(self, names) -> dict[str, Tensor]: return {name: self.shards[name][name] for name in names}
+
+
+def _guess(path: Path) -> type[TensorFile]:
+    "The kind of a file whose name does not say it: pickles, zipped or not, begin in their own ways."
+    if not path.is_file(): return SafetensorsFile
+    with path.open("rb") as f: return TorchFile if f.read(2) in (b"PK", b"\x80\x02") else SafetensorsFile
 
 
 def open_tensors(
@@ -118,10 +125,9 @@ def open_tensors(
         if not found: raise FileNotFoundError(f"no weights in folder {str(path)!r}; expected one of {', '.join(_IN_FOLDERS)}.")
         path = found[0]
     kinds = {".safetensors": SafetensorsFile, ".pt": TorchFile, ".pth": TorchFile, ".bin": TorchFile, ".json": ShardedFile}
-    if path.suffix not in kinds: raise ValueError(f"{str(path)!r}: a checkpoint's name ends in one of {', '.join(kinds)}; rename or convert the file.")
-    return kinds[path.suffix](path)
+    return (kinds.get(path.suffix) or _guess(path))(path)
 
-# %% ../nbs/method/01b_lazy_vectors.ipynb #55f05b87
+# %% ../nbs/method/01b_lazy_vectors.ipynb #05e47a78
 class LazyTaskVector(Mapping):
     "The task vector of two checkpoints, read and subtracted one entry at a time."
     def __init__(self,
@@ -141,5 +147,6 @@ class LazyTaskVector(Mapping):
         if name not in self.headers: raise KeyError(name)
         try: return task_vector({name: self.pretrained[name]}, {name: self.finetuned[name]})[name]
         except ValueError as e: raise ValueError(f"{self.where}: {e}") from e # which of many files
+    def __contains__(self, name: object) -> bool: return name in self.headers # Mapping's own reads the entry
     def __iter__(self) -> Iterator[str]: return iter(self.headers)
     def __len__(self) -> int: return len(self.headers)

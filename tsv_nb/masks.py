@@ -6,11 +6,11 @@
 __all__ = ['LAMBDAS', 'pack_bits', 'unpack_bits', 'TaskMasks', 'magnitude_masks', 'tall_masks', 'choose_lambdas',
            'consensus_merge']
 
-# %% ../nbs/method/06b_masks.ipynb #6e169446
+# %% ../nbs/method/06b_masks.ipynb #ef652683
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .baselines import BASES, magnitude_threshold, precision, ties_merge
+from .baselines import BASES, magnitude_threshold, ties_merge
 from .checks import check_finite, check_option, check_same_keys
 from .compress import save_atomic
 from .task_vectors import Vectors, at_least_float32, header, named_vectors, stacked_entries, task_arithmetic
@@ -104,7 +104,7 @@ def count(
     check_option("tensor", name, self.shapes)
     return unpack_bits(self.packed[name], self.shapes[name].numel()).sum(0).reshape(self.shapes[name])
 
-# %% ../nbs/method/06b_masks.ipynb #75be04cd
+# %% ../nbs/method/06b_masks.ipynb #f716d21a
 def _masks(vectors: Mapping[str, Mapping], method: str, settings: Mapping[str, float], keep: Callable[[str], Tensor]) -> TaskMasks:
     "Collect `keep(name)`, bools (T, ...), over all entries."
     first = next(iter(vectors.values()))
@@ -119,12 +119,11 @@ def magnitude_masks(
     "For each task the largest entries of its own vector, over all layers together."
     vectors = named_vectors(vectors)
     cuts = {task: magnitude_threshold(v, density, task) for task, v in vectors.items()}
-    def keep(name: str) -> Tensor:
-        stack = stacked_entries(vectors, name).to(precision(next(iter(vectors.values())))).abs()
-        return torch.stack([(x >= cut) & (x > 0) for x, cut in zip(stack, cuts.values())])
-    return _masks(vectors, "magnitude", dict.fromkeys(vectors, float(density)), keep)
+    def _keep(name: str) -> Tensor: # compared in float64, which holds every threshold exactly
+        return torch.stack([(x.double().abs() >= cut) & (x != 0) for x, cut in zip(stacked_entries(vectors, name), cuts.values())])
+    return _masks(vectors, "magnitude", dict.fromkeys(vectors, float(density)), _keep)
 
-# %% ../nbs/method/06b_masks.ipynb #85b2c58e
+# %% ../nbs/method/06b_masks.ipynb #aec85c68
 def _lambdas(lam: float | Mapping[str, float], vectors: Mapping[str, Mapping]) -> dict[str, float]:
     "One lambda for each task."
     if not isinstance(lam, Mapping): lam = dict.fromkeys(vectors, lam)
@@ -143,11 +142,11 @@ def tall_masks(
     vectors = named_vectors(vectors)
     lams, multi = _lambdas(lam, vectors), task_arithmetic(vectors) if multi is None else multi
     named_vectors(dict([next(iter(vectors.items())), ("(multi-task vector)", multi)])) # the same entries and shapes, or an error
-    def keep(name: str) -> Tensor:
+    def _keep(name: str) -> Tensor:
         stack, whole = (at_least_float32(x) for x in (stacked_entries(vectors, name), multi[name]))
         check_finite(name, whole, "multi-task vector: tensor")
         return torch.stack([tau.abs() >= (whole - tau).abs() * l for tau, l in zip(stack, lams.values())])
-    return _masks(vectors, "tall", lams, keep)
+    return _masks(vectors, "tall", lams, _keep)
 
 # %% ../nbs/method/06b_masks.ipynb #a508c8f4
 LAMBDAS = (.2, .3, .4, .5, .6)

@@ -20,7 +20,7 @@ from .layouts import Tower, hf_config, hf_to_open_clip, open_clip_to_hf, tower_s
 # %% ../../nbs/vision/22c_checkpoints.ipynb #e4cfe1fe
 _all_ = ["hf_to_open_clip", "open_clip_to_hf"] # from 20c_layouts, so that everything about checkpoints can be imported from here
 
-# %% ../../nbs/vision/22c_checkpoints.ipynb #691ac942
+# %% ../../nbs/vision/22c_checkpoints.ipynb #484803c9
 def _tower(file: TensorFile, tensors: Mapping[str, Tensor], proj: Tensor | None) -> Tower:
     "The tower in an opened file, checked against the config.json beside it, if there is one."
     tower = Tower(tensors, tower_sources(file, proj is not None, file.where), proj, file.where)
@@ -29,7 +29,7 @@ def _tower(file: TensorFile, tensors: Mapping[str, Tensor], proj: Tensor | None)
         if layers != own: raise ValueError(f"{file.where} has {own} layers, its config.json says {layers}; download the folder again.")
     return tower
 
-
+# %% ../../nbs/vision/22c_checkpoints.ipynb #ab56ffcc
 def open_tower(
     path: str | Path, # .safetensors, .pt, .bin, or a Hugging Face folder
     proj: Tensor | None = None, # (width, embed), for a Hugging Face checkpoint without projection
@@ -60,10 +60,7 @@ def convert_tower(
     state = load_tower(src, proj)
     return save_atomic(open_clip_to_hf(state) if layout == "huggingface" else state, dst, {"format": "pt"}) # from_pretrained asks for this
 
-# %% ../../nbs/vision/22c_checkpoints.ipynb #5be52888
-_ENDINGS = (".safetensors", ".pt")
-
-
+# %% ../../nbs/vision/22c_checkpoints.ipynb #c2191934
 def checkpoint_path(
     folder: str | Path, # of all checkpoints
     model: str, # such as "ViT-B-32"
@@ -73,6 +70,9 @@ def checkpoint_path(
     "The place of a checkpoint in the published layout."
     check_option("kind", kind, ("finetuned", "zeroshot"))
     return Path(folder) / model / f"{task.removesuffix('Val')}Val" / f"nonlinear_{kind}.safetensors"
+
+# %% ../../nbs/vision/22c_checkpoints.ipynb #096c528a
+_ENDINGS = (".safetensors", ".pt")
 
 
 def _existing(path: Path) -> Path | None:

@@ -73,7 +73,7 @@ def _join(parts: Mapping[str, Tensor], transpose: bool, where: str) -> Tensor:
         if tensor.dtype != first.dtype: raise ValueError(f"{where}: tensor {other!r} is {tensor.dtype}, but {name!r} is {first.dtype}; save q, k and v in one type.")
     return torch.cat(list(parts.values())) if others else first.T.contiguous() if transpose else first
 
-# %% ../../nbs/vision/20c_layouts.ipynb #bf8ca017
+# %% ../../nbs/vision/20c_layouts.ipynb #a057ce9f
 class Tower(Mapping):
     "An image tower under open_clip's names, made one entry at a time from the tensors of a checkpoint."
     def __init__(self,
@@ -94,6 +94,7 @@ class Tower(Mapping):
         "An entry's shape and type, without its numbers."
         return self.headers[name]
     def __getitem__(self, name: str) -> Tensor: return self.extra[name] if name in self.extra else self._make(name, self.tensors.__getitem__)
+    def __contains__(self, name: object) -> bool: return name in self.headers # Mapping's own would make the entry
     def __iter__(self) -> Iterator[str]: return iter(self.headers)
     def __len__(self) -> int: return len(self.headers)
 
@@ -122,7 +123,7 @@ def open_clip_to_hf(
         else: result[theirs[0]] = state[ours]
     return result
 
-# %% ../../nbs/vision/20c_layouts.ipynb #d9eff10a
+# %% ../../nbs/vision/20c_layouts.ipynb #4449227e
 _CONFIG = {"hidden_act": "quick_gelu", "num_attention_heads": 12, "num_hidden_layers": 12, "layer_norm_eps": 1e-5} # transformers' own defaults
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 
@@ -138,7 +139,7 @@ def hf_config(
     config = config.get("vision_config", config) if isinstance(config, dict) else {}
     return {k: config.get(k, default) for k, default in _CONFIG.items()}
 
-
+# %% ../../nbs/vision/20c_layouts.ipynb #fd6ad54b
 def check_config(
     model: nn.Module, # an open_clip model with a vision transformer `visual`
     folder: str | Path, # a Hugging Face folder with config.json

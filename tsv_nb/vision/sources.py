@@ -38,7 +38,7 @@ class Suite:
     images: Callable # (task, "train" or "val") -> Dataset of (image, label)
     protocol: Mapping # the recipe
 
-# %% ../../nbs/vision/23c_sources.ipynb #ec99efa2
+# %% ../../nbs/vision/23c_sources.ipynb #4eb6c8bd
 def check_known(
     what: str, # how the message calls it
     value: str,
@@ -51,7 +51,7 @@ def check_known(
     more = f" and {len(known) - 24} more" if len(known) > 24 else ""
     raise ValueError(f"unknown {what} {value!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(list(known)[:24])}{more}."))
 
-
+# %% ../../nbs/vision/23c_sources.ipynb #e08fb196
 def glyph_suite(
     tasks: str = "8", # how many of the first, or names with commas
     seed: int = 0, # of the training images
@@ -96,7 +96,14 @@ def open_base(
     from open_clip.transform import PreprocessCfg, image_transform_v2
     return clip, tokenizer, dict(train=image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=True), val=transform)
 
-# %% ../../nbs/vision/23c_sources.ipynb #a7f5e8eb
+# %% ../../nbs/vision/23c_sources.ipynb #cc196721
+def _kept_head(path: str | Path, made_from: str) -> Tensor | None:
+    "The head in a file, if there is one, undamaged and made from the same base and words."
+    try:
+        with safe_open(path, "pt") as file: return file.get_tensor("head") if (file.metadata() or {}).get("made_from") == made_from else None
+    except (FileNotFoundError, SafetensorError): return None
+
+
 def task_head(
     clip: nn.Module, # with its text tower
     tokenizer: Callable, # as from `open_base`
@@ -106,10 +113,7 @@ def task_head(
 ) -> Tensor: # (n_classes, embed)
     "The frozen head of a task: read, or made and kept."
     made_from = hashlib.sha256(json.dumps([state_digest(clip.state_dict()), *map(list, words)]).encode()).hexdigest()
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made_from") == made_from: return file.get_tensor("head")
-    except (FileNotFoundError, SafetensorError): pass # not there, or damaged: it is made again
+    if (head := _kept_head(path, made_from)) is not None: return head
     head = zeroshot_head(clip, tokenizer, *words).cpu()
     if write: save_atomic({"head": head}, path, {"made_from": made_from})
     return head

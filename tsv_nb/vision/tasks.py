@@ -94,7 +94,7 @@ def _jobs(base: tuple, suite: Suite, folder: Path, accelerator, facts: Mapping, 
     same_everywhere(accelerator, len(jobs), "number of tasks to do")
     return results, jobs
 
-# %% ../../nbs/vision/23d_tasks.ipynb #56eecf96
+# %% ../../nbs/vision/23d_tasks.ipynb #269827af
 def _outline(results: Mapping, jobs: Sequence[_Job], options: Mapping, accelerator) -> str:
     "What is going to happen, in lines of at most 79 columns."
     P, A, batch = accelerator.num_processes, options["accumulate"], options["batch"]
@@ -114,7 +114,7 @@ def _outline(results: Mapping, jobs: Sequence[_Job], options: Mapping, accelerat
         if (partial := job.path.with_name("checkpoint.pt")).exists(): lines.append(f"{job.task} goes on from {partial.name}.")
     return "\n".join(textwrap.fill(line, 79, subsequent_indent="  ") for line in lines)
 
-
+# %% ../../nbs/vision/23d_tasks.ipynb #29be68ac
 @contextmanager
 def _progress(jobs: Sequence[_Job], batch: int, accelerator, show: bool) -> Iterator[Callable]:
     "A bar over the steps of all tasks, and TensorBoard's log if there is one; gives a function of a job that makes its `on_step`."

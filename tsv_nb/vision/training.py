@@ -52,7 +52,7 @@ def learning_rate(
     if step < warmup: return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
-# %% ../../nbs/vision/23b_training.ipynb #9dd51684
+# %% ../../nbs/vision/23b_training.ipynb #dba07d94
 def make_accelerator(
     mixed_precision: str | None = None, # "no", "fp16" or "bf16"; None: what `accelerate launch` was told, else "no"
     log_dir: str | Path | None = None, # folder for TensorBoard; None: no log
@@ -65,6 +65,8 @@ def make_accelerator(
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with="tensorboard" if log_dir else None, project_dir=log_dir)
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"accelerate is configured for {kind}, which cuts the tower itself into shards; choose plain data parallelism.")
+    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp: # accelerate would go on in float32, and call it fp16
+        raise ValueError(f"fp16 does not work on {accelerator.device.type}; choose bf16 or no.")
     return accelerator
 
 # %% ../../nbs/vision/23b_training.ipynb #5a70871d
@@ -120,7 +122,7 @@ def _step(accelerator, encoder: nn.Module, optimizer, head: Tensor, loader: Iter
     optimizer.zero_grad()
     return total
 
-# %% ../../nbs/vision/23b_training.ipynb #9910fca9
+# %% ../../nbs/vision/23b_training.ipynb #3b318d9a
 def _facts(model: nn.Module, head: Tensor, images: Dataset, task: str, epochs: int, options: Mapping, accelerator) -> dict:
     "All that determines the result, apart from the images themselves."
     base, head_digest = (state_digest(state)[:16] for state in (image_state(model), {"head": head}))
@@ -148,13 +150,13 @@ def _restore(saved: Mapping | None, tower: nn.Module, optimizer, accelerator) ->
         if accelerator.scaler: accelerator.scaler.load_state_dict(saved["scaler"])
     return first
 
-
+# %% ../../nbs/vision/23b_training.ipynb #ddb49428
 def _due(done: int, last: int, plan: BatchPlan, every: int) -> bool:
     "Is a checkpoint due after `done` steps, of which `last` are in the previous one?"
     epoch_ends = done % plan.per_epoch == 0 and done - last >= every / 10
     return epoch_ends or done - last >= every or done == plan.steps
 
-# %% ../../nbs/vision/23b_training.ipynb #58112881
+# %% ../../nbs/vision/23b_training.ipynb #f0a9dc2d
 def _loop(accelerator, encoder: nn.Module, optimizer, head: Tensor, images: Dataset, plan: BatchPlan, first: int, options: Mapping, task: str) -> Iterator[tuple]:
     "Run the steps of a plan; yields after each: steps done, loss, learning rate."
     share = plan.stream(first, accelerator.process_index, accelerator.num_processes, options["accumulate"])
@@ -165,7 +167,7 @@ def _loop(accelerator, encoder: nn.Module, optimizer, head: Tensor, images: Data
         torch.manual_seed(position_seed(plan.seed, "step", step, accelerator.process_index)) # for towers with dropout
         yield step + 1, _step(accelerator, encoder, optimizer, head, loader, options, task), rate
 
-
+# %% ../../nbs/vision/23b_training.ipynb #ff2bcc5c
 def finetune_task(
     model: nn.Module, # CLIP whose image tower is the base; left as it is
     head: Tensor, # (n_classes, embed), frozen, rows of length 1
@@ -193,7 +195,7 @@ def finetune_task(
         for done, loss, rate in _loop(accelerator, encoder, optimizer, head.to(accelerator.device), images, plan, first, options, task):
             if on_step: on_step(done, loss, rate)
             if checkpoint and accelerator.is_main_process and _due(done, last, plan, options["checkpoint_every"]):
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                save_progress(checkpoint, facts, step=(last := done), tower=tower.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler)
-    accelerator.free_memory() # it keeps what it has prepared, which would add up over tasks
+                last, scaler = done, accelerator.scaler and accelerator.scaler.state_dict()
+                save_progress(checkpoint, facts, step=done, tower=tower.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler)
+    accelerator.free_memory()
     return {name: tensor.detach().cpu() for name, tensor in tower.state_dict().items()}
