@@ -316,6 +316,14 @@ def test_damaged_lines_are_dropped_alone(tmp_path, caplog):
         caplog.clear()
 
 
+def test_the_last_line_of_a_key_counts(tmp_path):
+    for value in (1, 2):
+        with Records(tmp_path, force=True) as r:
+            assert not len(r)
+            r.add("a", value=value)
+    with Records(tmp_path) as r: assert r["a"] == dict(value=2) and len(lines(tmp_path)) == 2
+
+
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     with Records(tmp_path) as r:
         r.add("a", value=1)

@@ -51,38 +51,38 @@ class Contender:
     shared: bool = True # one network for all tasks, else one for each
     facts: dict = field(default_factory=dict) # options that its result depends on
 
-# %% ../../nbs/vision/24c_contenders.ipynb #4105c4d3
+# %% ../../nbs/vision/24c_contenders.ipynb #82a4c38f
 _UNSCALED = ("zero_shot", "weight_average") # the published runs do not search a scale for these
 
 
 def _merging(name: str, tries: tuple[float, ...], options: Mapping) -> Contender:
     "A method of MERGE_METHODS."
     method = MERGE_METHODS[name]
-    def prepare(world):
+    def _prepare(world):
         merged = method(world.vectors, **options)
         return lambda alpha, task: apply_task_vector(world.pretrained, merged, alpha)
-    return Contender(name, method.title, prepare, tries, None if name in _UNSCALED else "alpha", facts={**method.options, **options})
+    return Contender(name, method.title, _prepare, tries, None if name in _UNSCALED else "alpha", facts={**method.options, **options})
 
 
 ZERO_SHOT = Contender("zero_shot", "zero-shot", lambda world: lambda value, task: world.pretrained, inputs="none")
 FINETUNED = Contender("finetuned", "fine-tuned", lambda world: lambda value, task: world.finetuned[task], inputs="own", shared=False)
 
-# %% ../../nbs/vision/24c_contenders.ipynb #5c2b28d2
+# %% ../../nbs/vision/24c_contenders.ipynb #2f4f454e
 def _masking(name: str, tries: tuple[float, ...], options: Mapping) -> Contender:
     "TALL masks, or masks of the largest entries, on the sum of the task vectors."
-    def prepare(world):
+    def _prepare(world):
         multi = task_arithmetic(world.vectors)
         @functools.lru_cache(1) # the masks of all tasks; a second set would double the memory
-        def masks(lam): return tall_masks(world.vectors, lam, multi, **options) if name == "tall_masks" else magnitude_masks(world.vectors, **options)
-        return lambda lam, task: apply_task_vector(world.pretrained, masks(lam).apply(multi, task))
+        def _masks(lam): return tall_masks(world.vectors, lam, multi, **options) if name == "tall_masks" else magnitude_masks(world.vectors, **options)
+        return lambda lam, task: apply_task_vector(world.pretrained, _masks(lam).apply(multi, task))
     title, scale = ("TALL masks", "lambda") if name == "tall_masks" else ("magnitude masks", None)
-    return Contender(name, title, prepare, tries, scale, shared=False, facts=dict(options))
+    return Contender(name, title, _prepare, tries, scale, shared=False, facts=dict(options))
 
 
 def _compressing(name: str, options: Mapping) -> Contender:
     "TSV-C."
-    def prepare(world): return lambda value, task: compress(world.vectors[task], **options).apply_to(world.pretrained)
-    return Contender(name, "TSV-C", prepare, inputs="own", shared=False, facts=dict(options))
+    def _prepare(world): return lambda value, task: compress(world.vectors[task], **options).apply_to(world.pretrained)
+    return Contender(name, "TSV-C", _prepare, inputs="own", shared=False, facts=dict(options))
 
 # %% ../../nbs/vision/24c_contenders.ipynb #d155673b
 SUITE = ("zero_shot", *(n for n in MERGE_METHODS if n != "zero_shot"), "tall_masks", "magnitude_masks", "tsv_compress", "finetuned")

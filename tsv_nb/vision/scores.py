@@ -56,7 +56,7 @@ class Scores:
             if self.key(c) not in self.records: self.records.add(self.key(c), method=c.name, seconds=round(time.perf_counter() - start, 3))
         return self.ready[1]
 
-# %% ../../nbs/vision/24d_scores.ipynb #d18029e4
+# %% ../../nbs/vision/24d_scores.ipynb #ff5d7f5a
 @patch
 def measure(
     self: Scores,
@@ -74,7 +74,7 @@ def measure(
                 yield t, acc, time.perf_counter() - start
                 start = time.perf_counter()
 
-
+# %% ../../nbs/vision/24d_scores.ipynb #f9c211a2
 @patch
 def __call__(
     self: Scores,
