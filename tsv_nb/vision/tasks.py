@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..compress import save_atomic
+from ..lazy import open_tensors
 from .checkpoints import _ENDINGS, _existing, checkpoint_path, load_tower
 from .clip import ImageEncoder, image_state
 from .finetune import state_digest
@@ -34,15 +35,17 @@ from .training import PROTOCOL, dataset_accuracy, finetune_task, learning_rate, 
 # %% ../../nbs/vision/23d_tasks.ipynb #e2724337
 def _metadata(path: Path) -> dict[str, str]:
     "What a .safetensors file says about itself; nothing for a .pt."
-    if path.suffix == ".pt": return {}
+    if path.suffix == ".pt":
+        open_tensors(path) # raises if it is damaged
+        return {}
     try:
         with safe_open(path, "pt") as file: return file.metadata() or {}
     except (SafetensorError, OSError) as e: raise ValueError(f"{str(path)!r} is damaged ({e}); delete it to make it again.") from e
 
 
 def _finished(path: Path, wanted: Mapping) -> dict | None:
-    "Validation accuracies of a tower that is there already; None: there is none."
-    if not path.is_file(): return None
+    "Validation accuracies of a tower that is there already, a published .pt included; None: there is none."
+    if not (path := _existing(path)): return None
     meta = _metadata(path)
     if "options" not in meta: return dict(before=None, after=None, done=True) # somebody else's tower, taken as it is
     options = {"base": wanted.get("base")} | json.loads(meta["options"]) # older towers do not name their base
