@@ -652,3 +652,19 @@ def test_published_towers_count_as_done(few, capsys, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"nonlinear_zeroshot.pt", "nonlinear_finetuned.safetensors"}
     torch.save({k: v + .1 for k, v in base.items()}, folder / "nonlinear_zeroshot.pt")
     assert "choose another --out" in said(capsys, *GLYPH, "--tasks", "mnist", "--out", tmp_path)
+
+
+def test_the_launchers_accumulation_does_not_count(fresh_accelerator, monkeypatch):
+    "accelerate launch --gradient_accumulation_steps sets this variable; Adam hides the factor, clipping does not."
+    model, head, images = data(torch.double)
+
+    def run():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator, norms = make_accelerator(), []
+        clip = accelerator.clip_grad_norm_
+        accelerator.clip_grad_norm_ = lambda *args: norms.append(clip(*args)) or norms[-1]
+        return finetune_task(model, head, images, 2, accelerator=accelerator, clip=14., **RECIPE), torch.stack(norms)
+    plain, norms = run()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    told, norms_told = run()
+    assert torch.equal(norms, norms_told) and norms.min() < 14 < norms.max() and all(torch.equal(plain[k], told[k]) for k in plain)
