@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from protocol_child import RECIPE, data, distance, tiny_clip
 from tsv_nb.compress import save_atomic
 from tsv_nb.vision import tasks as tasks_module, training
+from tsv_nb.vision.checkpoints import load_tower
 from tsv_nb.vision.clip import image_state
 from tsv_nb.vision.datasets import PAPER_TASKS
 from tsv_nb.vision.finetune import state_digest
@@ -668,3 +669,24 @@ def test_the_launchers_accumulation_does_not_count(fresh_accelerator, monkeypatc
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     told, norms_told = run()
     assert torch.equal(norms, norms_told) and norms.min() < 14 < norms.max() and all(torch.equal(plain[k], told[k]) for k in plain)
+
+
+@pytest.mark.parametrize("content", [b"junk", b"q", b"G12", b"M1", b".", b"ckG\x85u1q", b"PK\x03\x04junk"], ids=repr)
+def test_damaged_checkpoint_files(content, tmp_path):
+    "What torch.load raises on them is of seven kinds."
+    for load in (lambda path: load_progress(path, {})), load_tower:
+        (path := tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path}' is damaged.*; (delete it to start|download or save it again)"): load(path)
+
+
+def test_damaged_files_of_a_run(few, small_arch, capsys, tmp_path):
+    (folder := tmp_path / "glyph" / "digitsVal").mkdir(parents=True)
+    path = folder / "checkpoint.pt"
+    for content in b"junk", b"q":
+        path.write_bytes(content)
+        assert said(capsys, *GLYPH, "--tasks", "digits", "--out", tmp_path) == f"tsv_finetune: {str(path)!r} is damaged, or not a checkpoint; delete it to start that run again."
+        (weights := tmp_path / "weights.pt").write_bytes(content)
+        text = said(capsys, "--model", "tsv-small", "--pretrained", weights, "--tasks", "MNIST", "--out", tmp_path)
+        assert text.startswith(f"tsv_finetune: the weights {str(weights)!r} of tsv-small cannot be loaded: ")
+    (folder / "nonlinear_finetuned.pt").write_bytes(b"junk")
+    assert "nonlinear_finetuned.pt' is damaged" in said(capsys, *GLYPH, "--tasks", "digits", "--out", tmp_path)

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import pickle
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,9 @@ def open_base(
     pretrained = pretrained or "openai"
     if not Path(pretrained).is_file(): check_known(f"weights of {model} (and no file)", pretrained, open_clip.list_pretrained_tags_by_model(model))
     try: clip, tokenizer, transform = load_clip(model, pretrained, device)
-    except (RuntimeError, AssertionError, EOFError, pickle.UnpicklingError, SafetensorError) as e: # no network, a file of another model, a damaged one
-        raise ValueError(f"the weights {pretrained!r} of {model} cannot be loaded: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, AssertionError, EOFError, LookupError, TypeError, AttributeError, OverflowError, struct.error, pickle.UnpicklingError, SafetensorError) as e:
+        # no network, a file of another model, a damaged one
+        raise ValueError(f"the weights {pretrained!r} of {model} cannot be loaded: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     from open_clip.transform import PreprocessCfg, image_transform_v2
     return clip, tokenizer, dict(train=image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=True), val=transform)
 
