@@ -59,8 +59,9 @@ def glyph_suite(
 ) -> Suite:
     "The tasks of the small world."
     known = list(GLYPH_TASKS)
-    if tasks.isdecimal() and not 1 <= int(tasks) <= len(known): raise ValueError(f"there are {len(known)} glyph tasks, got {tasks}.")
-    names = known[:int(tasks)] if tasks.isdecimal() else list(dict.fromkeys(t.strip() for t in tasks.split(",")))
+    if (number := tasks.strip().isdecimal()) and not 1 <= int(tasks) <= len(known): raise ValueError(f"there are {len(known)} glyph tasks, got {tasks}.")
+    names = known[:int(tasks)] if number else list(dict.fromkeys(t.strip() for t in tasks.split(",") if t.strip()))
+    if not names: raise ValueError(f"no glyph task in {tasks!r}; give a number, or names with commas, of {', '.join(known)}.")
     for name in names: check_known("glyph task", name, known)
     def _images(task, split): return TensorDataset(*task_images(task, split, seed if split == "train" else 0))
     return Suite(names, lambda t: (GLYPH_TASKS[t].classnames, TEMPLATES), lambda t: GLYPH_EPOCHS, _images, GLYPH_PROTOCOL)
@@ -114,7 +115,7 @@ def task_head(
     write: bool = True, # whether this process writes
 ) -> Tensor: # (n_classes, embed)
     "The frozen head of a task: read, or made and kept."
-    made_from = hashlib.sha256(json.dumps([state_digest(clip.state_dict()), *map(list, words)]).encode()).hexdigest()
+    made_from = hashlib.sha256(json.dumps([state_digest(clip.state_dict()), repr(clip), *map(list, words)]).encode()).hexdigest()
     if (head := _kept_head(path, made_from)) is not None: return head
     head = zeroshot_head(clip, tokenizer, *words).cpu()
     if write: save_atomic({"head": head}, path, {"made_from": made_from})
