@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/paper.py [SECTION ...] [--out benchmarks/results/paper.json] [--force]
 
-Sections: single, ablation, tasks, rank, depth. All of them by default; a section that is in the file already is left alone unless --force is given,
+Sections: single, ablation, tasks, rank, depth, times. All of them by default; a section that is in the file already is left alone unless --force is given,
 and the file is written after each one. The table of all methods is made by `tsv_eval`, see benchmarks/paper.sh. About an hour on 2 cores.
 """
 import argparse
@@ -17,10 +17,12 @@ from tqdm.auto import tqdm
 
 from tsv_nb import apply_task_vector, compress, interference_by_layer, merge_plan, task_arithmetic, tsv_merge, weight_average
 from tsv_nb.beyond import isotropic_merge
+from tsv_nb.methods import MERGE_METHODS
 from tsv_nb.vision.evaluate import World, choose_alpha, load_world
 
 COUNTS = (8, 14, 20)
 FINE = [.05, .1, .15, .2, .25, .3, .4, .5, .6, .8, 1., 1.2, 1.4, 1.7, 2., 2.5]
+STEPS = (2, 4, 6, 8, 11, 14, 17, 20)
 
 
 def mean(accs): return sum(accs.values()) / len(accs)
@@ -57,14 +59,14 @@ def ablation(world):
 
 
 def tasks(world):
-    "Accuracy of four methods for 2, 4, ... 20 tasks."
+    "Accuracy of four methods from 2 to 20 tasks."
     result = {}
-    for n in tqdm(range(2, len(world.names) + 1, 2), desc="tasks"):
+    for n in tqdm(STEPS, desc="tasks"):
         w = some(world, n)
         own = w.finetuned_accuracy()
         result[n] = {"fine-tuned": mean(own), "zero-shot": mean(w.accuracy(w.pretrained)), "weight average": judged(w, weight_average(w.vectors))["at_1"],
-                     "Task Arithmetic": judged(w, task_arithmetic(w.vectors), [a for a in FINE if a <= 1])["chosen"],
-                     "TSV-M": judged(w, tsv_merge(w.vectors, small="average"))["at_1"], "Iso-C": judged(w, isotropic_merge(w.vectors), FINE)["chosen"]}
+                     "Task Arithmetic": judged(w, task_arithmetic(w.vectors), [a for a in FINE if a < .5])["chosen"],
+                     "TSV-M": judged(w, tsv_merge(w.vectors, small="average"))["at_1"], "Iso-C": judged(w, isotropic_merge(w.vectors), [1., 1.5, 2., 2.5, 3.])["chosen"]}
     return result
 
 
@@ -92,7 +94,22 @@ def depth(world):
     return {n: interference_by_layer(some(world, n).vectors) for n in tqdm(COUNTS, desc="depth")}
 
 
-SECTIONS = {f.__name__: f for f in (single, ablation, tasks, rank, depth)}
+def times(world):
+    "Seconds of each method of the table for 8, 14 and 20 tasks, task vectors in memory; the fastest of two runs."
+    result = {}
+    for n in COUNTS:
+        vectors, result[n] = dict(list(world.vectors.items())[:n]), {}
+        for name, method in tqdm(MERGE_METHODS.items(), desc=f"times, {n} tasks"):
+            runs = []
+            for _ in range(2):
+                start = time.perf_counter()
+                method(vectors)
+                runs.append(time.perf_counter() - start)
+            result[n][name] = round(min(runs), 3)
+    return result
+
+
+SECTIONS = {f.__name__: f for f in (single, ablation, tasks, rank, depth, times)}
 HERE = Path(__file__).parent
 
 

@@ -1,6 +1,8 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)): # before torch is imported: two pools of threads on the same cores slow each other down tenfold
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 import pytest
 import torch
 
@@ -21,7 +23,8 @@ def vectors(g): return make_vectors(g)
 
 
 def pytest_collection_modifyitems(items):
-    "Tests marked `cuda` are skipped where there is no NVIDIA GPU."
+    "Notebooks, which take longest, come first; tests marked `cuda` are skipped where there is no NVIDIA GPU."
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     if torch.cuda.is_available(): return
     for item in items:
         if item.get_closest_marker("cuda"): item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -46,7 +46,7 @@ def run_options(
     "How the work is done, and changes to the recipe."
     return dict(accumulate=accumulate, checkpoint_every=checkpoint_every, **({} if workers is None else {"workers": workers}), **recipe_options(**kwargs))
 
-# %% ../../nbs/vision/23e_protocol.ipynb #414e8744
+# %% ../../nbs/vision/23e_protocol.ipynb #3d5325aa
 @delegates(run_options)
 def run_finetune(
     model: str = "ViT-B-32", # open_clip architecture, or glyph for the small offline world
@@ -60,7 +60,7 @@ def run_finetune(
     log_dir: str = None, # folder for a TensorBoard log
     **kwargs
 ) -> str: # the table of results; in the main process, the outline has been written before
-    "Fine-tune CLIP's image tower on each task, as in the paper."
+    "Fine-tune CLIP's image tower on each task, as in the paper. Example: tsv_finetune --model glyph --tasks 8"
     check_option("augment", augment, ("train", "val"))
     options, transforms, small = run_options(**kwargs), {}, model == "glyph"
     suite = glyph_suite(tasks, options["seed"]) if small else paper_suite(tasks, data, transforms, download)

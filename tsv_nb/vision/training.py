@@ -156,7 +156,7 @@ def _due(done: int, last: int, plan: BatchPlan, every: int) -> bool:
     epoch_ends = done % plan.per_epoch == 0 and done - last >= every / 10
     return epoch_ends or done - last >= every or done == plan.steps
 
-# %% ../../nbs/vision/23b_training.ipynb #f0a9dc2d
+# %% ../../nbs/vision/23b_training.ipynb #2788a642
 def _loop(accelerator, encoder: nn.Module, optimizer, head: Tensor, images: Dataset, plan: BatchPlan, first: int, options: Mapping, task: str) -> Iterator[tuple]:
     "Run the steps of a plan; yields after each: steps done, loss, learning rate."
     share = plan.stream(first, accelerator.process_index, accelerator.num_processes, options["accumulate"])
@@ -166,8 +166,9 @@ def _loop(accelerator, encoder: nn.Module, optimizer, head: Tensor, images: Data
         for group in optimizer.param_groups: group["lr"] = rate
         torch.manual_seed(position_seed(plan.seed, "step", step, accelerator.process_index)) # for towers with dropout
         yield step + 1, _step(accelerator, encoder, optimizer, head, loader, options, task), rate
+    accelerator.free_memory() # it keeps what it has prepared, which would add up over tasks
 
-# %% ../../nbs/vision/23b_training.ipynb #ff2bcc5c
+# %% ../../nbs/vision/23b_training.ipynb #74a04591
 def finetune_task(
     model: nn.Module, # CLIP whose image tower is the base; left as it is
     head: Tensor, # (n_classes, embed), frozen, rows of length 1
@@ -197,5 +198,4 @@ def finetune_task(
             if checkpoint and accelerator.is_main_process and _due(done, last, plan, options["checkpoint_every"]):
                 last, scaler = done, accelerator.scaler and accelerator.scaler.state_dict()
                 save_progress(checkpoint, facts, step=done, tower=tower.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler)
-    accelerator.free_memory()
     return {name: tensor.detach().cpu() for name, tensor in tower.state_dict().items()}
