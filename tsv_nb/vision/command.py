@@ -78,7 +78,7 @@ def open_world(
     world.batch = options["batch"]
     return world
 
-# %% ../../nbs/vision/24g_command.ipynb #9fe3f447
+# %% ../../nbs/vision/24g_command.ipynb #ccec2277
 def _alpha(text: str) -> str | float:
     "A number, or a word."
     try: return float(text)
@@ -91,7 +91,7 @@ def run_eval(
     tasks: str = "8", # how many of the first (the paper: 8, 14, 20), or names with commas
     methods: str = "all", # names with commas
     alpha: str = "validation", # scale of merged vectors: chosen on validation images, default (each method's own), or a number
-    points: int = 30, # scales to try, in equal steps up to the method's limit (3 for tsv, 1 for others)
+    points: int = 30, # scales to try, in equal steps up to the method's limit (3 for tsv, 1 for most)
     grid: str = None, # instead: scales to try, with commas
     ranks: str = None, # also TSV-C at these ranks, with commas
     out: str = "results", # folder for records and results
