@@ -52,7 +52,7 @@ def _check_folder(option: str, path: str | Path) -> None:
     there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
     if not there.is_dir(): raise ValueError(f"{option}: {str(there)!r} is no folder; name a folder, or a place where one can be made.")
 
-
+# %% ../../nbs/vision/23e_protocol.ipynb #7a5708b4
 @delegates(run_options)
 def run_finetune(
     model: str = "ViT-B-32", # open_clip architecture, or glyph for the small offline world

@@ -93,7 +93,7 @@ def _write(job: _Job, state: Mapping[str, Tensor], before: float, after: float, 
                                       validation_before=str(before), validation_after=str(after)))
     job.path.with_name("checkpoint.pt").unlink(missing_ok=True)
 
-
+# %% ../../nbs/vision/23d_tasks.ipynb #5c4b7afe
 def _write_base(job: _Job, clip: nn.Module, facts: Mapping) -> None:
     "Write the base beside a task's tower, unless it is there."
     path = job.path.with_name("nonlinear_zeroshot.safetensors")
