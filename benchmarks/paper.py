@@ -65,8 +65,8 @@ def tasks(world):
         w = some(world, n)
         own = w.finetuned_accuracy()
         result[n] = {"fine-tuned": mean(own), "zero-shot": mean(w.accuracy(w.pretrained)), "weight average": judged(w, weight_average(w.vectors))["at_1"],
-                     "Task Arithmetic": judged(w, task_arithmetic(w.vectors), [a for a in FINE if a < .5])["chosen"],
-                     "TSV-M": judged(w, tsv_merge(w.vectors, small="average"))["at_1"], "Iso-C": judged(w, isotropic_merge(w.vectors), [1., 1.5, 2., 2.5, 3.])["chosen"]}
+                     "Task Arithmetic": judged(w, task_arithmetic(w.vectors), [a for a in FINE if a <= 1])["chosen"],
+                     "TSV-M": judged(w, tsv_merge(w.vectors, small="average"))["at_1"], "Iso-C": judged(w, isotropic_merge(w.vectors), [.3, .5, .7, 1., 1.5, 2., 2.5, 3.])["chosen"]}
     return result
 
 

@@ -595,3 +595,10 @@ def test_every_torchvision_option_exists():
         known = set(inspect.signature(kind.__init__).parameters) | set(inspect.signature(torchvision.datasets.MNIST.__init__).parameters if issubclass(kind, torchvision.datasets.MNIST) else ())
         for split in ("train", "test"):
             for options in task.torchvision[split]: assert set(options) | {"root", "download"} <= known, task.name
+
+
+@pytest.mark.parametrize("content, what", [(b"emotion,pixels,Usage\n0,1 2 3 4,Training\n0,\"" + b"1 " * 70_000, "after line 2: .*field larger than field limit"),
+                                           (b"x" * 140_000, "after line 0: .*field larger"), (b"emotion,pixels,Usage\n0,\xff\xfe,Training\n", "after line 0: .*can't decode")], ids=["row", "header", "bytes"])
+def test_fer_that_is_no_csv(tmp_path, content, what):
+    (path := tmp_path / "fer2013.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}, {what}.*; fetch it again"): archives.fer_images(path, "train")

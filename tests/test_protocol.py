@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from fastcore.script import anno_parser
+from open_clip.model import CLIP
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,13 +27,14 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from protocol_child import RECIPE, data, distance, tiny_clip
 from tsv_nb.compress import save_atomic
 from tsv_nb.vision import tasks as tasks_module, training
-from tsv_nb.vision.clip import image_state
+from tsv_nb.vision.checkpoints import load_tower
+from tsv_nb.vision.clip import image_state, zeroshot_head
 from tsv_nb.vision.datasets import PAPER_TASKS
 from tsv_nb.vision.finetune import state_digest
 from tsv_nb.vision.pretrain import _weights
 from tsv_nb.vision.protocol import run_finetune, tsv_finetune
 from tsv_nb.vision.resume import BatchPlan, SeededImages, load_progress, save_progress
-from tsv_nb.vision.sources import glyph_suite, open_base, paper_suite
+from tsv_nb.vision.sources import glyph_suite, open_base, paper_suite, task_head
 from tsv_nb.vision.tasks import finetune_suite, results_table
 from tsv_nb.vision.training import PROTOCOL, dataset_accuracy, finetune_task, learning_rate, make_accelerator, protocol_options
 
@@ -480,7 +483,9 @@ def test_class_count_that_disagrees_with_the_head(few, tmp_path):
     (["--model", "ViT-B_32"], "unknown model 'ViT-B_32'; did you mean 'ViT-B-32'"), (["--model", "zzz"], "unknown model 'zzz'; known: glyph, "),
     (["--tasks", "mnits"], "did you mean 'MNIST'"), (["--tasks", "21"], "got 21"), ([*GLYPH, "--tasks", "0"], "there are 20 glyph tasks, got 0"), ([*GLYPH, "--tasks", "digit"], "did you mean 'digits' or"),
     (["--pretrained", "opnai"], "did you mean 'openai'"), (["--augment", "no"], "unknown augment 'no'"), ([*GLYPH, "--mixed_precision", "fp8"], "unknown mixed precision 'fp8'; known: 'no', 'fp16', 'bf16'"),
-    ([*GLYPH, "--epochs", "0"], "epochs must be at least 1, got 0"), ([*GLYPH, "--pretrained", "nowhere.safetensors"], "no GlyphCLIP weights at 'nowhere.safetensors'"), ([*GLYPH, "--lr", "-1"], "lr must be at least")])
+    ([*GLYPH, "--epochs", "0"], "epochs must be at least 1, got 0"), ([*GLYPH, "--pretrained", "nowhere.safetensors"], "no GlyphCLIP weights at 'nowhere.safetensors'"), ([*GLYPH, "--lr", "-1"], "lr must be at least"),
+    ([*GLYPH, "--tasks", "digits,,digit,"], "unknown glyph task 'digit'"), ([*GLYPH, "--tasks", ","], "no glyph task in ','; give a number"),
+    ([*GLYPH, "--log_dir", "/dev/null/x"], "--log_dir: '/dev/null' is no folder; name a folder")])
 def test_bad_options(few, capsys, tmp_path, args, message):
     text = said(capsys, *args, "--out", tmp_path / "x", "--data", tmp_path)
     assert text.startswith("tsv_finetune: ") and message in text and not list(tmp_path.glob("x/**/*.safetensors"))
@@ -492,12 +497,16 @@ def test_no_fp16_without_a_gpu(fresh_accelerator, capsys, tmp_path):
     assert "fp16 does not work on cpu; choose bf16 or no." in said(capsys, *GLYPH, "--tasks", "digits", "--mixed-precision", "fp16", "--out", tmp_path)
 
 
-def test_ctrl_c(monkeypatch, capsys):
+def test_ctrl_c(monkeypatch, capsys, tmp_path):
     from tsv_nb.vision import protocol
     def interrupt(**options): raise KeyboardInterrupt
-    monkeypatch.setattr(protocol, "anno_parser", lambda f, prog: __import__("argparse").ArgumentParser())
     monkeypatch.setattr(protocol, "run_finetune", interrupt)
-    assert "The same command goes on from the last checkpoint" in said(capsys)
+    monkeypatch.setattr(protocol, "anno_parser", lambda f, prog: anno_parser(run_finetune, prog))
+    for expected in "since there is no checkpoint yet", "The same command goes on from the last checkpoint.":
+        with pytest.raises(SystemExit) as e: tsv_finetune(["--model", "glyph", "--out", str(tmp_path)])
+        out, err = capsys.readouterr()
+        assert e.value.code == 130 and out == "" and expected in err
+        save_progress(tmp_path / "glyph" / "digitsVal" / "checkpoint.pt", {}, step=1)
 
 
 def test_outline_names_the_launchers_trap(monkeypatch):
@@ -668,3 +677,46 @@ def test_the_launchers_accumulation_does_not_count(fresh_accelerator, monkeypatc
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     told, norms_told = run()
     assert torch.equal(norms, norms_told) and norms.min() < 14 < norms.max() and all(torch.equal(plain[k], told[k]) for k in plain)
+
+
+@pytest.mark.parametrize("content", [b"junk", b"q", b"G12", b"M1", b".", b"ckG\x85u1q", b"PK\x03\x04junk"], ids=repr)
+def test_damaged_checkpoint_files(content, tmp_path):
+    "What torch.load raises on them is of seven kinds."
+    for load in (lambda path: load_progress(path, {})), load_tower:
+        (path := tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path}' is damaged.*; (delete it to start|download or save it again)"): load(path)
+
+
+def test_damaged_files_of_a_run(few, small_arch, capsys, tmp_path):
+    (folder := tmp_path / "glyph" / "digitsVal").mkdir(parents=True)
+    path = folder / "checkpoint.pt"
+    for content in b"junk", b"q":
+        path.write_bytes(content)
+        assert said(capsys, *GLYPH, "--tasks", "digits", "--out", tmp_path) == f"tsv_finetune: {str(path)!r} is damaged, or not a checkpoint; delete it to start that run again."
+        (weights := tmp_path / "weights.pt").write_bytes(content)
+        text = said(capsys, "--model", "tsv-small", "--pretrained", weights, "--tasks", "MNIST", "--out", tmp_path)
+        assert text.startswith(f"tsv_finetune: the weights {str(weights)!r} of tsv-small cannot be loaded: ")
+    (folder / "nonlinear_finetuned.pt").write_bytes(b"junk")
+    assert "nonlinear_finetuned.pt' is damaged" in said(capsys, *GLYPH, "--tasks", "digits", "--out", tmp_path)
+
+
+def test_a_file_in_place_of_the_output_folder(capsys, tmp_path):
+    (file := tmp_path / "glyph").write_text("")
+    for out, there in (file, file), (file / "more", file), (tmp_path, file), ("/dev/null", "/dev/null"):
+        assert said(capsys, *GLYPH, "--out", out) == f"tsv_finetune: --out: {str(there)!r} is no folder; name a folder, or a place where one can be made."
+
+
+def test_empty_parts_of_a_list_of_tasks():
+    assert glyph_suite("greek, ,mnist,").names == ["greek", "mnist"] and glyph_suite(" 2 ").names == glyph_suite("2").names
+
+
+def test_the_head_of_another_activation(tmp_path):
+    "The same weights, another network."
+    words, path = (["one", "two"], ["{}"]), tmp_path / "head.safetensors"
+    text = dict(context_length=4, vocab_size=8, width=8, heads=1, layers=1)
+    clips = [CLIP(8, dict(image_size=8, patch_size=4, width=16, layers=1, head_width=8), text, quick_gelu=quick).eval() for quick in (False, True)]
+    clips[1].load_state_dict(clips[0].state_dict())
+    tokens = lambda texts: torch.tensor([[1, 2 + len(t) % 2, 3 + i, 7] for i, t in enumerate(texts)])
+    heads = [task_head(clip, tokens, words, path) for clip in clips]
+    assert not torch.equal(*heads) and torch.equal(heads[1], zeroshot_head(clips[1], tokens, *words))
+    assert torch.equal(task_head(clips[1], None, words, path), heads[1])

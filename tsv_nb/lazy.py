@@ -9,6 +9,7 @@ __all__ = ['TensorFile', 'SafetensorsFile', 'TorchFile', 'ShardedFile', 'open_te
 import json
 import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class SafetensorsFile(TensorFile):
     def _read(self, names) -> dict[str, Tensor]: return self._get(lambda f: {k: f.get_tensor(k) for k in names})
 
 # %% ../nbs/method/01b_lazy_vectors.ipynb #fa910e3a
-_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError) # what torch.load raises on files that are none
+_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError, OSError, struct.error) # what torch.load raises on files that are none
 
 
 class TorchFile(TensorFile):

@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'CARS_NOTES', 'ParquetImages', 'parquet_images', 'svhn_ima
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +113,17 @@ def cars_images(
     return FileImages([folder / f"cars_{split}" / str(f) for f in notes["fname"]], labels, len(classnames), path, transform)
 
 # %% ../../nbs/vision/22b2_archives.ipynb #698c7e91
+def _csv_rows(path: str | Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
+    "Rows of a csv file with their line numbers."
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, skipinitialspace=True) # one of the two files has spaces in its header
+        try:
+            if missing := columns - set(reader.fieldnames or ()): raise ValueError(f"{path}: no column {_few(missing)} in {reader.fieldnames}.")
+            for row in reader: yield reader.line_num, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, after line {reader.line_num}: not a csv file as it should be ({error}); fetch it again.") from error
+
+
 def fer_images(
     path: str | Path, # fer2013.csv or icml_face_data.csv
     split: str, # "train" or "test"
@@ -121,13 +132,10 @@ def fer_images(
 ) -> ArrayImages: # square gray images
     "FER2013 as its competition gave it out."
     images, labels, usages = [], [], {"train": ("Training",), "test": ("PublicTest", "PrivateTest")}[split]
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, skipinitialspace=True) # one of the two files has spaces in its header
-        if missing := {"emotion", "pixels", "Usage"} - set(reader.fieldnames or ()): raise ValueError(f"{path}: no column {_few(missing)} in {reader.fieldnames}.")
-        for row in reader:
-            if row["Usage"] not in usages: continue
-            try:
-                pixels = np.frombuffer(bytes(map(int, row["pixels"].split())), np.uint8)
-                images.append(pixels.reshape(2 * (round(len(pixels) ** .5),))); labels.append(int(row["emotion"]))
-            except (ValueError, TypeError, AttributeError) as error: raise ValueError(f"{path}, line {reader.line_num}: not a square of gray values and a label ({error}).") from error
+    for line, row in _csv_rows(path, {"emotion", "pixels", "Usage"}):
+        if row["Usage"] not in usages: continue
+        try:
+            pixels = np.frombuffer(bytes(map(int, row["pixels"].split())), np.uint8)
+            images.append(pixels.reshape(2 * (round(len(pixels) ** .5),))); labels.append(int(row["emotion"]))
+        except (ValueError, TypeError, AttributeError) as error: raise ValueError(f"{path}, line {line}: not a square of gray values and a label ({error}).") from error
     return ArrayImages(images, labels, n_classes, path, transform)

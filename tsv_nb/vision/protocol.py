@@ -47,6 +47,12 @@ def run_options(
     return dict(accumulate=accumulate, checkpoint_every=checkpoint_every, **({} if workers is None else {"workers": workers}), **recipe_options(**kwargs))
 
 # %% ../../nbs/vision/23e_protocol.ipynb #3d5325aa
+def _check_folder(option: str, path: str | Path) -> None:
+    "Raise if there is a file where a folder is to be made."
+    there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir(): raise ValueError(f"{option}: {str(there)!r} is no folder; name a folder, or a place where one can be made.")
+
+# %% ../../nbs/vision/23e_protocol.ipynb #7a5708b4
 @delegates(run_options)
 def run_finetune(
     model: str = "ViT-B-32", # open_clip architecture, or glyph for the small offline world
@@ -62,6 +68,7 @@ def run_finetune(
 ) -> str: # the table of results; in the main process, the outline has been written before
     "Fine-tune CLIP's image tower on each task, as in the paper. Example: tsv_finetune --model glyph --tasks 8"
     check_option("augment", augment, ("train", "val"))
+    for option, folder in ("--out", Path(out) / model), ("--log_dir", log_dir or "."): _check_folder(option, folder)
     options, transforms, small = run_options(**kwargs), {}, model == "glyph"
     suite = glyph_suite(tasks, options["seed"]) if small else paper_suite(tasks, data, transforms, download)
     accelerator = make_accelerator(mixed_precision, log_dir)
@@ -89,7 +96,11 @@ def tsv_finetune(
     argv = _words_of(sys.argv[1:] if argv is None else argv, "--log-dir" in parser.format_help())
     options = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("pdb", "xtra")}
     try: table = run_finetune(**options)
-    except KeyboardInterrupt: raise SystemExit("\ntsv_finetune: stopped. The same command goes on from the last checkpoint.") from None
+    except KeyboardInterrupt:
+        folder = Path(options["out"]) / options["model"]
+        what = "goes on from the last checkpoint" if any(folder.glob("*/checkpoint.pt")) else "starts its task from the beginning, since there is no checkpoint yet"
+        tqdm.write(f"\ntsv_finetune: stopped. The same command {what}.", file=sys.stderr)
+        raise SystemExit(130) from None # as shells number it
     except (ValueError, KeyError, TypeError, OSError, ImportError) as e:
         message = str(e).rpartition(f"{type(e).__name__}: ")[2] # an error in a loading worker comes with a traceback in its text
         raise SystemExit(f"tsv_finetune: {message.strip()}") from e

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import random
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def load_progress(
     "Read a checkpoint without running code from it; raises `ValueError` if it is damaged or of another run."
     if not Path(path).exists(): return None
     try: saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, struct.error, pickle.UnpicklingError) as e:
         raise ValueError(f"{str(path)!r} is damaged, or not a checkpoint; delete it to start that run again.") from e
     if not isinstance(saved, dict) or saved.get("kind") != _KIND:
         raise ValueError(f"{str(path)!r} is not a checkpoint of a fine-tuning run; move it out of the way.")

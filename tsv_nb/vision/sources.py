@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import pickle
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,9 @@ def glyph_suite(
 ) -> Suite:
     "The tasks of the small world."
     known = list(GLYPH_TASKS)
-    if tasks.isdecimal() and not 1 <= int(tasks) <= len(known): raise ValueError(f"there are {len(known)} glyph tasks, got {tasks}.")
-    names = known[:int(tasks)] if tasks.isdecimal() else list(dict.fromkeys(t.strip() for t in tasks.split(",")))
+    if (number := tasks.strip().isdecimal()) and not 1 <= int(tasks) <= len(known): raise ValueError(f"there are {len(known)} glyph tasks, got {tasks}.")
+    names = known[:int(tasks)] if number else list(dict.fromkeys(t.strip() for t in tasks.split(",") if t.strip()))
+    if not names: raise ValueError(f"no glyph task in {tasks!r}; give a number, or names with commas, of {', '.join(known)}.")
     for name in names: check_known("glyph task", name, known)
     def _images(task, split): return TensorDataset(*task_images(task, split, seed if split == "train" else 0))
     return Suite(names, lambda t: (GLYPH_TASKS[t].classnames, TEMPLATES), lambda t: GLYPH_EPOCHS, _images, GLYPH_PROTOCOL)
@@ -91,8 +93,9 @@ def open_base(
     pretrained = pretrained or "openai"
     if not Path(pretrained).is_file(): check_known(f"weights of {model} (and no file)", pretrained, open_clip.list_pretrained_tags_by_model(model))
     try: clip, tokenizer, transform = load_clip(model, pretrained, device)
-    except (RuntimeError, AssertionError, EOFError, pickle.UnpicklingError, SafetensorError) as e: # no network, a file of another model, a damaged one
-        raise ValueError(f"the weights {pretrained!r} of {model} cannot be loaded: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, AssertionError, EOFError, LookupError, TypeError, AttributeError, OverflowError, struct.error, pickle.UnpicklingError, SafetensorError) as e:
+        # no network, a file of another model, a damaged one
+        raise ValueError(f"the weights {pretrained!r} of {model} cannot be loaded: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     from open_clip.transform import PreprocessCfg, image_transform_v2
     return clip, tokenizer, dict(train=image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=True), val=transform)
 
@@ -112,7 +115,7 @@ def task_head(
     write: bool = True, # whether this process writes
 ) -> Tensor: # (n_classes, embed)
     "The frozen head of a task: read, or made and kept."
-    made_from = hashlib.sha256(json.dumps([state_digest(clip.state_dict()), *map(list, words)]).encode()).hexdigest()
+    made_from = hashlib.sha256(json.dumps([state_digest(clip.state_dict()), repr(clip), *map(list, words)]).encode()).hexdigest()
     if (head := _kept_head(path, made_from)) is not None: return head
     head = zeroshot_head(clip, tokenizer, *words).cpu()
     if write: save_atomic({"head": head}, path, {"made_from": made_from})

@@ -53,14 +53,20 @@ def _finished(path: Path, wanted: Mapping) -> dict | None:
     return dict(before=float(meta["validation_before"]), after=float(meta["validation_after"]), done=True)
 
 # %% ../../nbs/vision/23d_tasks.ipynb #211e92e0
+def _same_base(path: Path, recorded: str | None, digest: str, own: Mapping[str, Tensor]) -> bool:
+    "Is the base in a file the own one, by its digest if that was recorded, else by its numbers?"
+    if recorded: return recorded == digest
+    tower = load_tower(path)
+    return tower.keys() == own.keys() and all(own[k].equal(t.to(own[k])) for k, t in tower.items())
+
+
 def _check_base(folder: Path, clip: nn.Module, facts: Mapping) -> str: # the digest of the base
     "Raise if a model's folder has the base of another run."
     own = image_state(clip)
     digest = state_digest(own)[:16]
     for path in sorted(p for p in folder.glob("*/nonlinear_zeroshot.*") if p.suffix in _ENDINGS):
         meta = _metadata(path)
-        there = meta.get("base") or state_digest({k: v.to(own[k].dtype) if k in own else v for k, v in load_tower(path).items()})[:16]
-        if there == digest: continue
+        if _same_base(path, meta.get("base"), digest, own): continue
         then = json.loads(meta.get("facts", "{}"))
         differ = [f"{k} was {then[k]!r} and is now {facts.get(k)!r}" for k in then if then[k] != facts.get(k)]
         raise ValueError(f"{str(path)!r} is another base than that of this run ({', '.join(differ) or 'the weights themselves differ'}); choose another --out.")
@@ -87,7 +93,7 @@ def _write(job: _Job, state: Mapping[str, Tensor], before: float, after: float, 
                                       validation_before=str(before), validation_after=str(after)))
     job.path.with_name("checkpoint.pt").unlink(missing_ok=True)
 
-
+# %% ../../nbs/vision/23d_tasks.ipynb #5c4b7afe
 def _write_base(job: _Job, clip: nn.Module, facts: Mapping) -> None:
     "Write the base beside a task's tower, unless it is there."
     path = job.path.with_name("nonlinear_zeroshot.safetensors")
