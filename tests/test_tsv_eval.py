@@ -2,6 +2,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -164,6 +165,7 @@ def test_kept_images(tmp_path, path, dtype):
     part = image_batches(kept, 4)
     next(part)
     part.close() # an interrupted pass
+    assert not list(tmp_path.iterdir())
     seen = source.seen
     check(kept, 4)
     assert source.seen == seen + 11 # it did not count as a pass
@@ -185,12 +187,39 @@ def test_kept_files_are_used_checked_and_made_again(tmp_path):
         again = Numbers()
         list(image_batches(KeptImages(again, torch.Tensor.float, tmp_path / "a"), 4))
         assert again.seen >= 11 and (tmp_path / "a").read_bytes() == good
-    (tmp_path / ".b.part").write_bytes(b"left by a run that was killed")
+    left, fresh = tmp_path / ".b.1.part", tmp_path / ".b.2.part"
+    for part in (left, fresh): part.write_bytes(b"left by a run that was killed")
+    os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
     list(image_batches(KeptImages(Numbers(), torch.Tensor.float, tmp_path / "b"), 4))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"] and (tmp_path / "b").read_bytes() == good
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.2.part", "a", "b"] # the fresh one may be another process's
+    fresh.unlink()
+    assert (tmp_path / "b").read_bytes() == good
     every = Numbers()
     for _ in range(2): list(image_batches(KeptImages(every, torch.Tensor.float, tmp_path / "c", keep=False), 4))
     assert every.seen == 22 and not (tmp_path / "c").exists()
+
+
+def test_two_passes_at_once_share_a_folder(tmp_path):
+    "Each fills a file of its own: whichever ends first, what is published is complete."
+    def kept(): return KeptImages(Numbers(), torch.Tensor.float, tmp_path / "a")
+    list(image_batches(kept(), 4))
+    good = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").unlink()
+    first, second = (image_batches(kept(), 4) for _ in range(2))
+    next(first), next(first), next(second)
+    list(first)
+    assert (tmp_path / "a").read_bytes() == good
+    list(second)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == good
+
+
+def test_a_pass_that_fails_leaves_nothing(tmp_path):
+    class Broken(Numbers):
+        def __getitem__(self, i):
+            if i == 7: raise ValueError("this image cannot be read")
+            return super().__getitem__(i)
+    with pytest.raises(ValueError, match="cannot be read"): list(image_batches(KeptImages(Broken(), torch.Tensor.float, tmp_path / "a"), 4))
+    assert not list(tmp_path.iterdir())
 
 
 # bad input
