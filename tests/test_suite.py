@@ -245,6 +245,18 @@ def test_a_changed_base_changes_all_but_the_tasks_own_towers(world, tmp_path):
     assert changed >= {(m, t) for m, t in everything if m != "finetuned"}
 
 
+@pytest.mark.parametrize("change", ["name", "activation"])
+def test_another_architecture_changes_everything(tmp_path, change):
+    def build(activation):
+        model = Toy()
+        model.visual.append(activation) # has no weights
+        return replace(toy_world(), encoder=ImageEncoder(model))
+    one = build(nn.GELU())
+    everything = new_records(tmp_path, one)
+    assert new_records(tmp_path, replace(one, model="other") if change == "name" else build(nn.GELU("tanh"))) == everything
+    assert not new_records(tmp_path, build(nn.GELU()))
+
+
 def test_changed_options_and_code_are_noticed(world, tmp_path, monkeypatch):
     new_records(tmp_path, world)
     assert {m for m, _ in new_records(tmp_path, world, options={"tsv": {"rank": 1}})} == {"tsv"}
@@ -282,7 +294,10 @@ def test_code_digest_sees_code_not_comments(tmp_path, monkeypatch):
     (tmp_path / "vision" / "evaluate.py").write_text("x = 1")
     assert digests()[1] != first[1]
     monkeypatch.setattr(torch, "__version__", "0")
-    assert digests()[1] != changed[1]
+    newer = digests()
+    assert newer[1] != changed[1]
+    monkeypatch.setattr(records_module, "version", lambda name: "0")
+    assert digests()[1] != newer[1]
     code_digest.cache_clear()
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fact_digest', 'data_digest', 'code_digest', 'Records', 'write_json']
 
-# %% ../../nbs/vision/24b_records.ipynb #6a63b859
+# %% ../../nbs/vision/24b_records.ipynb #febad929
 import ast
 import functools
 import hashlib
@@ -14,6 +14,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def data_digest(
     seen = [data[i] for i in sorted({k * n // samples for k in range(samples)} | {n - 1})] if n else []
     return fact_digest(n, [[state_digest({"image": image}), int(label)] for image, label in seen])
 
-# %% ../../nbs/vision/24b_records.ipynb #39676d15
+# %% ../../nbs/vision/24b_records.ipynb #3f990e27
 _PACKAGE = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path("../../tsv_nb").resolve() # in a notebook: the files it was exported to
 _MEASURE, _METHODS = ("vision/clip.py", "vision/evaluate.py"), ("*.py", "kernels/*.py", "vision/contenders.py", "vision/scores.py")
 
@@ -51,10 +52,10 @@ _MEASURE, _METHODS = ("vision/clip.py", "vision/evaluate.py"), ("*.py", "kernels
 def code_digest(
     methods: bool = True, # also the files that merge and compress, not only those that evaluate
 ) -> str: # 32 hexadecimal digits
-    "A digest of the code that a number depends on, and of torch's version; comments and blank lines make no difference."
+    "A digest of the code that a number depends on, and of torch's and open_clip's versions; comments and blank lines make no difference."
     files = sorted({f for pattern in _MEASURE + _METHODS * methods for f in _PACKAGE.glob(pattern)} - {_PACKAGE / n for n in ("__init__.py", "_modidx.py", "cli.py")})
     parsed = {f.relative_to(_PACKAGE).as_posix(): ast.dump(ast.parse(f.read_text(encoding="utf-8"))) for f in files}
-    return fact_digest(torch.__version__, {name: hashlib.sha256(tree.encode()).hexdigest() for name, tree in parsed.items()})
+    return fact_digest(torch.__version__, version("open_clip_torch"), {name: hashlib.sha256(tree.encode()).hexdigest() for name, tree in parsed.items()})
 
 # %% ../../nbs/vision/24b_records.ipynb #608204b6
 _log = logging.getLogger(__name__)
