@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from tsv_nb.methods import MERGE_METHODS
 from tsv_nb.vision import records as records_module
 from tsv_nb.vision.clip import ImageEncoder
 from tsv_nb.vision.contenders import SUITE, alpha_grid, choose, contender
 from tsv_nb.vision.evaluate import World, accuracy, image_batches
+from tsv_nb.vision.formats import FileImages
+from tsv_nb.vision.paper_world import KeptImages
 from tsv_nb.vision.records import Records, code_digest, data_digest, fact_digest
 from tsv_nb.vision.suite import evaluate_suite, results_path, suite_table
 
@@ -306,8 +308,8 @@ def test_code_digest_sees_code_not_comments(tmp_path, monkeypatch):
 
 def test_records_survive_a_cut_at_every_byte(tmp_path, caplog):
     with Records(tmp_path) as r:
-        r.add("a" * 32, task="ant", accuracy=.5)
-        r.add("b" * 32, task="bee", accuracy=.25)
+        r.add("a" * 32, task="ant", accuracy=.5, seconds=1.)
+        r.add("b" * 32, task="bee", accuracy=.25, seconds=1.)
     path = tmp_path / "records.jsonl"
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
@@ -315,48 +317,58 @@ def test_records_survive_a_cut_at_every_byte(tmp_path, caplog):
         path.write_bytes(whole[:cut])
         caplog.clear()
         with Records(tmp_path) as r:
-            assert len(r) == 1 and r["a" * 32] == dict(task="ant", accuracy=.5) and "incomplete" in caplog.text
-            r.add("b" * 32, task="bee", accuracy=.25)
+            assert len(r) == 1 and r["a" * 32] == dict(task="ant", accuracy=.5, seconds=1.) and "incomplete" in caplog.text
+            r.add("b" * 32, task="bee", accuracy=.25, seconds=1.)
         assert path.read_bytes() == whole
 
 
 def test_damaged_lines_are_dropped_alone(tmp_path, caplog):
     with Records(tmp_path) as r:
-        for i in range(3): r.add(str(i), value=i)
+        for i in range(3): r.add(str(i), value=i, seconds=1.)
     path = tmp_path / "records.jsonl"
     good = path.read_text().splitlines(keepends=True)
-    for bad in ("{\n", "[1]\n", '"text"\n', '{"value": 1}\n', "\n", "\x00\x00\n"):
+    for bad in ("{\n", "[1]\n", '"text"\n', '{"value": 1}\n', "\n", "\x00\x00\n", '{"key": "1"}\n', '{"key": "1", "seconds": "1"}\n', '{"key": "1", "seconds": NaN}\n',
+                *('{"key": "1", "seconds": 1.0, "task": "ant"%s}\n' % more for more in ("", ', "accuracy": 1.5', ', "accuracy": null', ', "accuracy": NaN', ', "accuracy": -0.1'))):
         path.write_text(good[0] + bad + good[2])
         with Records(tmp_path) as r: assert set(r.known) == {"0", "2"} and "line 2 is damaged" in caplog.text
         caplog.clear()
+
+
+def test_a_record_without_its_accuracy_is_computed_again(world, tmp_path):
+    options = dict(methods=["zero_shot"], alpha=1., out=tmp_path, progress=False)
+    results = evaluate_suite(world, **options)
+    damaged = lines(tmp_path)
+    for record in damaged: record.pop("accuracy", None)
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in damaged))
+    assert timeless(evaluate_suite(world, **options)) == timeless(results)
 
 
 def test_the_last_line_of_a_key_counts(tmp_path):
     for value in (1, 2):
         with Records(tmp_path, force=True) as r:
             assert not len(r)
-            r.add("a", value=value)
-    with Records(tmp_path) as r: assert r["a"] == dict(value=2) and len(lines(tmp_path)) == 2
+            r.add("a", value=value, seconds=1.)
+    with Records(tmp_path) as r: assert r["a"] == dict(value=2, seconds=1.) and len(lines(tmp_path)) == 2
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     with Records(tmp_path) as r:
-        r.add("a", value=1)
+        r.add("a", value=1, seconds=1.)
         before = r.path.read_bytes()
         class Full:
             def __init__(self, file): self.file = file
             def write(self, data): return self.file.write(data[:7])
             def __getattr__(self, name): return getattr(self.file, name)
         real, r.file = r.file, Full(r.file)
-        with pytest.raises(OSError, match="disk is full"): r.add("b", value=2)
+        with pytest.raises(OSError, match="disk is full"): r.add("b", value=2, seconds=1.)
         assert r.path.read_bytes() == before and "b" not in r
         r.file = real
         def interrupted(fd): raise KeyboardInterrupt
         with monkeypatch.context() as m:
             m.setattr(os, "fsync", interrupted)
-            with pytest.raises(KeyboardInterrupt): r.add("b", value=2)
+            with pytest.raises(KeyboardInterrupt): r.add("b", value=2, seconds=1.)
         assert r.path.read_bytes() == before and "b" not in r
-        r.add("b", value=3)
+        r.add("b", value=3, seconds=1.)
     assert [o["value"] for o in lines(tmp_path)] == [1, 3]
 
 
@@ -464,7 +476,44 @@ def test_data_digest_of_datasets():
     assert one == data_digest(TensorDataset(images.clone(), labels))
     others = [(images[:-1], labels[:-1]), (images.flip(0), labels), (images * .5, labels), (images, (labels + 1) % 5), (images[:, :, :1], labels)]
     assert all(data_digest(TensorDataset(*o)) != one and data_digest(o) != data_digest((images, labels)) for o in others)
-    assert data_digest(TensorDataset(images[:0], labels[:0])) == fact_digest(0, [])
+    assert data_digest(TensorDataset(images[:0], labels[:0])) == fact_digest(0, [], [])
+    class Plain(Dataset): # nothing is known without reading
+        def __len__(self): return 100
+        def __getitem__(self, i): return images[i], labels[i]
+    assert data_digest(Plain()) == data_digest(Subset(Plain(), range(100))) != one
+    both = ConcatDataset([Plain(), TensorDataset(images, labels)])
+    other = ConcatDataset([Plain(), TensorDataset(images, labels.clone().index_fill(0, torch.tensor(33), 4))])
+    assert data_digest(Subset(both, range(1, 200))) != data_digest(Subset(other, range(1, 200)))
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(99, -1, -1)), lambda data: ConcatDataset([data, data]), lambda data: KeptImages(data, torch.Tensor.float)])
+def test_data_digest_sees_every_label_and_file(tmp_path, wrap):
+    from PIL import Image
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for i in range(100): Image.new("RGB", (2, 2), (i, i, i)).save(folder / f"{i:02d}.png")
+    def digest(labels=[i % 5 for i in range(100)], at=folder):
+        opened = []
+        def to_tensor(image): opened.append(1); return torch.tensor(image.getpixel((0, 0)), dtype=torch.uint8)
+        data = wrap(FileImages([at / f"{i:02d}.png" for i in range(100)], labels, 5, "toy", to_tensor))
+        seen = data_digest(data)
+        assert len(opened) <= 17
+        return seen
+    one = digest()
+    assert digest() == one
+    sampled = {k * 100 // 16 for k in range(16)} | {99}
+    for i in {7, 33, 98} - sampled: assert digest([(j % 5 + (j == i)) % 5 for j in range(100)]) != one
+    folder.rename(tmp_path / "moved")
+    assert digest(at=tmp_path / "moved") == one
+    path = tmp_path / "moved" / "33.png"
+    time_ns = path.stat().st_mtime_ns
+    os.utime(path, ns=(time_ns, time_ns + 1_000_000_000))
+    assert digest(at=tmp_path / "moved") != one
+    os.utime(path, ns=(time_ns, time_ns))
+    assert digest(at=tmp_path / "moved") == one
+    path.write_bytes(path.read_bytes() + b"x")
+    os.utime(path, ns=(time_ns, time_ns))
+    assert digest(at=tmp_path / "moved") != one
 
 
 # bad input

@@ -72,12 +72,13 @@ class KeptImages(Dataset):
         flat = torch.from_file(str(path), shared=True, size=n * (8 + size), dtype=torch.uint8)
         return flat[:8 * n].view(torch.int64), flat[8 * n:].view(like.dtype).view(n, *like.shape)
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #5146b73e
+# %% ../../nbs/vision/24f_paper_world.ipynb #a4515689
 def _part(path: Path) -> Path:
     "An unfinished file's own name; those that killed processes left are removed when nobody has written to them for a day."
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f".{path.name}.*.part"):
-        try: old.unlink() if time.time() - old.stat().st_mtime > 24 * 3600 else None
+        try:
+            if time.time() - old.stat().st_mtime > 24 * 3600: old.unlink()
         except FileNotFoundError: pass # another process was faster
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
