@@ -186,7 +186,23 @@ def test_test_images_are_seen_once(world, tmp_path):
     assert len(seen) == len(set(seen)) == len(SUITE) * len(TASKS)
 
 
+@pytest.mark.parametrize("name, given", [("ties", dict(density=30.)), ("dare_ties", dict(density=30.)), ("tsv", dict(rank=1)), ("tsv_compress", dict(rank=1)), ("magnitude_masks", dict(density=30.))])
+def test_good_options_are_let_through(world, name, given):
+    assert evaluate_suite(world, [name], alpha=1., options={name: given}, progress=False)["options"]["options"] == {name: given}
+
+
 # what is computed again
+
+
+def test_the_bar_is_shown_where_there_is_something_to_do(tmp_path, capsys):
+    options = dict(methods=["task_arithmetic"], points=2, out=tmp_path)
+    evaluate_suite(toy_world(), **options)
+    shown = capsys.readouterr().err
+    assert "Task Arithmetic: 100%" in shown and "15/15" in shown and shown.endswith("\n") # 3 tasks: fine-tuned on 2 splits, 2 scales, the test images
+    evaluate_suite(toy_world(), **options)
+    assert capsys.readouterr().err == ""
+    evaluate_suite(toy_world(), **options | dict(grid=[.25, .5]))
+    assert capsys.readouterr().err
 
 
 def test_a_second_run_computes_nothing_and_writes_the_same(world, tmp_path, monkeypatch):
@@ -523,7 +539,10 @@ def test_data_digest_sees_every_label_and_file(tmp_path, wrap):
     (dict(methods=["tsvm"]), "unknown method 'tsvm'; known: 'zero_shot'"), (dict(grid=[]), "grid of alpha is empty"), (dict(points=0), "grid of alpha is empty"),
     (dict(points=2.5), "grid of alpha is empty"), (dict(grid=[.5, float("nan")]), "not finite"), (dict(alpha="best"), "unknown alpha 'best'; known: 'validation', 'default'"),
     (dict(alpha=float("inf")), "finite number, got inf"), (dict(alpha=1., grid=[.5]), "a grid of scales is for alpha='validation'"), (dict(ranks=[0]), "rank must be at least 1"),
-    (dict(options={"tsvm": {}}), "unknown method in options 'tsvm'")])
+    (dict(options={"tsvm": {}}), "unknown method in options 'tsvm'"), (dict(options={"ties": {"densty": 3}}), "unknown option of ties 'densty'; known: 'density'"),
+    (dict(options={"zero_shot": {"rank": 3}}), "unknown option of zero_shot 'rank'"), (dict(options={"finetuned": {"rank": 3}}), "unknown option of finetuned 'rank'"), (dict(options={"tall_masks": {"lam": .3}}), "unknown option of tall_masks 'lam'"),
+    (dict(options={"tsv_compress": {"ranks": 3}}), "unknown option of tsv_compress 'ranks'; known: 'rank', 'ratio'"), (dict(options={"magnitude_masks": {"dense": 3}}), "unknown option of magnitude_masks"),
+    (dict(options={"knots_ties": {"base": len}}), "option 'base' of knots_ties is <built-in function len>, which cannot be part of a record")])
 def test_bad_options_are_noticed_before_anything_is_written(world, tmp_path, options, message):
     calls = count_calls(world)
     with pytest.raises(ValueError, match=message): evaluate_suite(world, out=tmp_path / "out", progress=False, **options)

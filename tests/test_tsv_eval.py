@@ -233,8 +233,8 @@ def failure(capsys, *args):
 @pytest.mark.parametrize("args, message", [
     (["--methods", "tsvm"], "tsv_eval: unknown method 'tsvm'; known: 'zero_shot'"), (["--model", "ViT-B-23"], "unknown model 'ViT-B-23'; did you mean 'ViT-B-32'"),
     (["--model", "ViT-B-32", "--tasks", "SVNH"], "unknown data set 'SVNH'; did you mean 'SVHN'"), (["--tasks", "runes"], "unknown task 'runes'; known: 'greek'"),
-    (["--tasks", "21"], "between 1 and 20, got 21"), (["--tasks", ","], "at least one task"), (["--grid", ","], "grid of alpha is empty"), (["--points", "0"], "grid of alpha is empty"),
-    (["--methods", ","], "no method is asked for"), (["--alpha", "best"], "unknown alpha"), (["--ranks", "a"], "ranks must be numbers"), (["--device", "abacus"], "device 'abacus' cannot be used"), (["--batch", "0"], "batch must be at least 1"),
+    (["--tasks", "21"], "tsv_eval: tasks must be between 1 and 20, or names with commas between them, got 21"), (["--tasks", "0"], "tsv_eval: tasks must be between 1 and 20"), (["--tasks", ","], "at least one task"), (["--grid", ","], "grid of alpha is empty"), (["--points", "0"], "grid of alpha is empty"),
+    (["--methods", ","], "no method is asked for"), (["--alpha", "best"], "unknown alpha"), (["--ranks", "1.5"], "ranks must be whole numbers"), (["--grid", "a"], "grid must be numbers"), (["--device", "meta"], "device 'meta' cannot be used"), (["--device", "abacus"], "device 'abacus' cannot be used"), (["--batch", "0"], "batch must be at least 1"),
     (["--model", "ViT-B-32", "--checkpoints", "nowhere"], "9 checkpoints missing in 'nowhere")])
 def test_bad_options(tmp_path, capsys, args, message):
     assert message in failure(capsys, *args, "--out", tmp_path / "out")
@@ -334,11 +334,24 @@ def test_quiet_and_repeated(tmp_path, capsys):
     assert "zero-shot" in shown and "greek" in shown and {p: p.read_bytes() for p in tmp_path.glob("*.json*")} == first
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_stopped_and_out_of_memory(tmp_path, capsys, monkeypatch, force):
+    def fail(error):
+        def run(**_): raise error
+        monkeypatch.setattr("tsv_nb.vision.command.run_eval", run)
+        with pytest.raises(SystemExit) as e: tsv_eval(["--out", str(tmp_path), "--batch", "512", *["--force"] * force])
+        return e.value.code
+    assert fail(KeyboardInterrupt()) == 130
+    text = capsys.readouterr().err
+    assert ("the same command, without --force, goes on" if force else "the same command goes on") in text
+    assert "lower --batch, which is 512. (CUDA out of memory.)" in fail(torch.cuda.OutOfMemoryError("CUDA out of memory.\nmuch more"))
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as e: tsv_eval(["--help"])
     assert e.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("--tasks", "--checkpoints", "--cache", "Example:", "goes on where it was stopped"): assert part in text
+    for part in ("--tasks", "--checkpoints", "--cache", "Example:", "goes on where it was stopped", "up to each method's own limit", "for all but weight_average (always its own) and tall_masks (then lambda is .4)"): assert part in text
 
 
 def test_the_same_file_from_python(tmp_path):

@@ -76,7 +76,7 @@ def measure(
                 yield t, acc, time.perf_counter() - start
                 start = time.perf_counter()
 
-# %% ../../nbs/vision/24d_scores.ipynb #f9c211a2
+# %% ../../nbs/vision/24d_scores.ipynb #baab5b3a
 @patch
 def __call__(
     self: Scores,
@@ -87,7 +87,9 @@ def __call__(
     "Accuracies from the records; those that are not there are computed and added."
     keys = {t: self.key(c, v, split, t) for t, v in values.items()}
     missing = {t: values[t] for t, k in keys.items() if k not in self.records}
-    if self.bar is not None: self.bar.total -= len(keys) - len(missing); self.bar.set_description(c.title)
+    if self.bar is not None:
+        self.bar.total -= len(keys) - len(missing)
+        if missing: self.bar.set_description(c.title); self.bar.delay = 0 # from now on there is something to show
     for t, acc, seconds in self.measure(c, missing, split):
         self.records.add(keys[t], method=c.name, value=values[t], split=split, task=t, accuracy=acc, seconds=round(seconds, 3))
         if self.bar is not None: self.bar.update()
