@@ -28,6 +28,7 @@ from tsv_nb.vision import tasks as tasks_module, training
 from tsv_nb.vision.clip import image_state
 from tsv_nb.vision.datasets import PAPER_TASKS
 from tsv_nb.vision.finetune import state_digest
+from tsv_nb.vision.pretrain import _weights
 from tsv_nb.vision.protocol import run_finetune, tsv_finetune
 from tsv_nb.vision.resume import BatchPlan, SeededImages, load_progress, save_progress
 from tsv_nb.vision.sources import glyph_suite, open_base, paper_suite
@@ -590,3 +591,80 @@ def test_as_a_module(tmp_path):
     lines = [line for part in (done.stdout, done.stderr) for line in part.replace("\r", "\n").splitlines()]
     assert max(map(len, lines)) < 80 and any("digits 1/1" in line and "7/7" in line for line in lines)
     assert (tmp_path / "glyph" / "digitsVal" / "nonlinear_finetuned.safetensors").exists() and not list(tmp_path.rglob("checkpoint.pt"))
+
+
+# --- folders that hold something else
+
+SHIPPED = _weights(None)
+
+
+@pytest.fixture
+def other_base(tmp_path):
+    "The shipped weights, a little changed, in a file."
+    with safe_open(SHIPPED, "pt") as file: meta = file.metadata()
+    state = load_file(SHIPPED)
+    return save_atomic(state | {"visual.proj": state["visual.proj"] * 1.01}, tmp_path / "other.safetensors", meta)
+
+
+def test_one_folder_has_one_base(few, other_base, capsys, tmp_path):
+    "Another base would make the task vectors of all tasks wrong, also where nothing has been finished yet."
+    args = [*GLYPH, "--out", tmp_path / "out"]
+    path = save_progress(tmp_path / "out" / "glyph" / "digitsVal" / "checkpoint.pt", {}, step=1)
+    assert "is of another run" in said(capsys, *args, "--tasks", "digits") # stopped early: the base has been written
+    path.unlink()
+    zeroshot = path.with_name("nonlinear_zeroshot.safetensors")
+    content = zeroshot.read_bytes()
+    for task in ("digits", "mnist"):
+        text = said(capsys, *args, "--tasks", task, "--pretrained", other_base)
+        assert str(zeroshot) in text and f"pretrained was 'shipped' and is now '{other_base}'" in text and text.endswith("choose another --out.")
+    for meta in (None, {"format": "pt"}): # somebody else's copy: its numbers are compared
+        save_atomic(load_file(zeroshot), zeroshot, meta)
+        assert "the weights themselves differ); choose another --out." in said(capsys, *args, "--tasks", "mnist", "--pretrained", other_base)
+    assert list(tmp_path.glob("out/**/*finetuned*")) == []
+    zeroshot.write_bytes(content)
+    assert "digits" in said(capsys, *args, "--tasks", "digits") and zeroshot.read_bytes() == content
+    zeroshot.write_bytes(content[:999])
+    assert f"{str(zeroshot)!r} is damaged" in said(capsys, *args, "--tasks", "mnist")
+
+
+def test_weights_replaced_under_their_name(few, other_base, capsys, tmp_path):
+    args = [*GLYPH, "--tasks", "digits", "--pretrained", other_base, "--out", tmp_path / "out"]
+    said(capsys, *args)
+    tower = tmp_path / "out" / "glyph" / "digitsVal" / "nonlinear_finetuned.safetensors"
+    assert "was there" in said(capsys, *args)
+    other_base.write_bytes(SHIPPED.read_bytes())
+    assert "the weights themselves differ" in said(capsys, *args)
+    tower.with_name("nonlinear_zeroshot.safetensors").unlink() # the tower itself knows, too
+    text = said(capsys, *args)
+    assert text.startswith(f"tsv_finetune: {str(tower)!r} is of another run: base was ")
+
+
+def test_published_towers_count_as_done(few, capsys, tmp_path):
+    folder = tmp_path / "glyph" / "digitsVal"
+    folder.mkdir(parents=True)
+    base = image_state(open_base("glyph")[0])
+    for kind, shift in ("zeroshot", 0), ("finetuned", .1): torch.save({k: v + shift for k, v in base.items()}, folder / f"nonlinear_{kind}.pt")
+    before = sorted(folder.iterdir())
+    text = said(capsys, *GLYPH, "--tasks", "digits", "--out", tmp_path)
+    assert "To do: nothing." in text and "was there" in text and sorted(folder.iterdir()) == before
+    (folder / "nonlinear_finetuned.pt").unlink()
+    assert "was there" not in said(capsys, *GLYPH, "--tasks", "digits", "--out", tmp_path) # from the published base, of which no second copy is made
+    assert {p.name for p in folder.iterdir()} == {"nonlinear_zeroshot.pt", "nonlinear_finetuned.safetensors"}
+    torch.save({k: v + .1 for k, v in base.items()}, folder / "nonlinear_zeroshot.pt")
+    assert "choose another --out" in said(capsys, *GLYPH, "--tasks", "mnist", "--out", tmp_path)
+
+
+def test_the_launchers_accumulation_does_not_count(fresh_accelerator, monkeypatch):
+    "accelerate launch --gradient_accumulation_steps sets this variable; Adam hides the factor, clipping does not."
+    model, head, images = data(torch.double)
+
+    def run():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator, norms = make_accelerator(), []
+        clip = accelerator.clip_grad_norm_
+        accelerator.clip_grad_norm_ = lambda *args: norms.append(clip(*args)) or norms[-1]
+        return finetune_task(model, head, images, 2, accelerator=accelerator, clip=14., **RECIPE), torch.stack(norms)
+    plain, norms = run()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    told, norms_told = run()
+    assert torch.equal(norms, norms_told) and norms.min() < 14 < norms.max() and all(torch.equal(plain[k], told[k]) for k in plain)

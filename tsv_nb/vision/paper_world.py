@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['split_preprocess', 'KeptImages', 'LazyTowers', 'paper_images', 'paper_world']
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #c1881ec4
+# %% ../../nbs/vision/24f_paper_world.ipynb #78a27d82
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -72,14 +73,13 @@ class KeptImages(Dataset):
         flat = torch.from_file(str(path), shared=True, size=n * (8 + size), dtype=torch.uint8)
         return flat[:8 * n].view(torch.int64), flat[8 * n:].view(like.dtype).view(n, *like.shape)
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #a4515689
+# %% ../../nbs/vision/24f_paper_world.ipynb #a7a05f79
 def _part(path: Path) -> Path:
     "An unfinished file's own name; those that killed processes left are removed when nobody has written to them for a day."
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f".{path.name}.*.part"):
-        try:
+        with suppress(FileNotFoundError): # another process may be faster
             if time.time() - old.stat().st_mtime > 24 * 3600: old.unlink()
-        except FileNotFoundError: pass # another process was faster
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
 # %% ../../nbs/vision/24f_paper_world.ipynb #4b85fa69

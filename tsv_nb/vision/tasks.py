@@ -24,23 +24,47 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..compress import save_atomic
-from .checkpoints import checkpoint_path
+from ..lazy import open_tensors
+from .checkpoints import _ENDINGS, _existing, checkpoint_path, load_tower
 from .clip import ImageEncoder, image_state
+from .finetune import state_digest
 from .resume import BatchPlan, check_facts
 from .sources import Suite, task_head
 from .training import PROTOCOL, dataset_accuracy, finetune_task, learning_rate, make_accelerator, protocol_options, same_everywhere
 
 # %% ../../nbs/vision/23d_tasks.ipynb #e2724337
-def _finished(path: Path, wanted: Mapping) -> dict | None:
-    "Validation accuracies of a tower that is there already; None: there is none."
-    if not path.is_file(): return None
+def _metadata(path: Path) -> dict[str, str]:
+    "What a .safetensors file says about itself; nothing for a .pt."
+    if path.suffix == ".pt":
+        open_tensors(path) # raises if it is damaged
+        return {}
     try:
-        with safe_open(path, "pt") as file: meta = file.metadata() or {}
+        with safe_open(path, "pt") as file: return file.metadata() or {}
     except (SafetensorError, OSError) as e: raise ValueError(f"{str(path)!r} is damaged ({e}); delete it to make it again.") from e
+
+
+def _finished(path: Path, wanted: Mapping) -> dict | None:
+    "Validation accuracies of a tower that is there already, a published .pt included; None: there is none."
+    if not (path := _existing(path)): return None
+    meta = _metadata(path)
     if "options" not in meta: return dict(before=None, after=None, done=True) # somebody else's tower, taken as it is
-    options = json.loads(meta["options"])
+    options = {"base": wanted.get("base")} | json.loads(meta["options"]) # older towers do not name their base
     check_facts(path, {k: options.get(k) for k in wanted}, wanted, "Repeat the options of then, or choose another --out.")
     return dict(before=float(meta["validation_before"]), after=float(meta["validation_after"]), done=True)
+
+# %% ../../nbs/vision/23d_tasks.ipynb #211e92e0
+def _check_base(folder: Path, clip: nn.Module, facts: Mapping) -> str: # the digest of the base
+    "Raise if a model's folder has the base of another run."
+    own = image_state(clip)
+    digest = state_digest(own)[:16]
+    for path in sorted(p for p in folder.glob("*/nonlinear_zeroshot.*") if p.suffix in _ENDINGS):
+        meta = _metadata(path)
+        there = meta.get("base") or state_digest({k: v.to(own[k].dtype) if k in own else v for k, v in load_tower(path).items()})[:16]
+        if there == digest: continue
+        then = json.loads(meta.get("facts", "{}"))
+        differ = [f"{k} was {then[k]!r} and is now {facts.get(k)!r}" for k in then if then[k] != facts.get(k)]
+        raise ValueError(f"{str(path)!r} is another base than that of this run ({', '.join(differ) or 'the weights themselves differ'}); choose another --out.")
+    return digest
 
 # %% ../../nbs/vision/23d_tasks.ipynb #cc5885b8
 @dataclass
@@ -64,11 +88,16 @@ def _write(job: _Job, state: Mapping[str, Tensor], before: float, after: float, 
     job.path.with_name("checkpoint.pt").unlink(missing_ok=True)
 
 
+def _write_base(job: _Job, clip: nn.Module, facts: Mapping) -> None:
+    "Write the base beside a task's tower, unless it is there."
+    path = job.path.with_name("nonlinear_zeroshot.safetensors")
+    if not _existing(path): save_atomic(image_state(clip), path, {"facts": json.dumps(dict(facts)), "base": job.wanted["base"]})
+
+
 def _do(job: _Job, clip: nn.Module, accelerator, options: Mapping, facts: Mapping, on_step: Callable) -> dict:
     "Fine-tune one task and write its tower; its validation accuracies."
     def _score(encoder): return dataset_accuracy(encoder, job.head, job.val, job.task, accelerator, options["workers"])
-    zeroshot = job.path.with_name("nonlinear_zeroshot.safetensors")
-    if accelerator.is_main_process and not zeroshot.exists(): save_atomic(image_state(clip), zeroshot, {"facts": json.dumps(dict(facts))})
+    if accelerator.is_main_process: _write_base(job, clip, facts)
     before = _score(ImageEncoder(clip))
     state = finetune_task(clip, job.head, job.train, job.epochs, job.task, job.path.with_name("checkpoint.pt"), accelerator, on_step, facts, **options)
     after = _score(copy.deepcopy(ImageEncoder(clip)).load_state(state))
@@ -81,9 +110,10 @@ def _jobs(base: tuple, suite: Suite, folder: Path, accelerator, facts: Mapping, 
     "The results that are there, and what is still to be done."
     results, jobs = {}, []
     if epochs is not None and epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}.")
+    digest = _check_base(folder, base[0], facts)
     for task in suite.names:
         n = suite.epochs(task) if epochs is None else epochs
-        wanted = {**facts, **{k: options[k] for k in PROTOCOL}, "epochs": n, "mixed_precision": accelerator.mixed_precision}
+        wanted = {**facts, **{k: options[k] for k in PROTOCOL}, "epochs": n, "mixed_precision": accelerator.mixed_precision, "base": digest}
         path = checkpoint_path(folder.parent, folder.name, task)
         if done := _finished(path, wanted): results[task] = done
         else:

@@ -63,6 +63,7 @@ def make_accelerator(
     from accelerate import Accelerator
     if mixed_precision: check_option("mixed precision", mixed_precision, ("no", "fp16", "bf16"))
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with="tensorboard" if log_dir else None, project_dir=log_dir)
+    accelerator.gradient_accumulation_steps = 1 # or backward would divide by what the launcher says, and the weights of the pieces are ours
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"accelerate is configured for {kind}, which cuts the tower itself into shards; choose plain data parallelism.")
     if accelerator.mixed_precision == "fp16" and not accelerator.native_amp: # accelerate would go on in float32, and call it fp16
