@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from tsv_nb.methods import MERGE_METHODS
 from tsv_nb.vision import records as records_module
 from tsv_nb.vision.clip import ImageEncoder
 from tsv_nb.vision.contenders import SUITE, alpha_grid, choose, contender
 from tsv_nb.vision.evaluate import World, accuracy, image_batches
+from tsv_nb.vision.formats import FileImages
+from tsv_nb.vision.paper_world import KeptImages
 from tsv_nb.vision.records import Records, code_digest, data_digest, fact_digest
 from tsv_nb.vision.suite import evaluate_suite, results_path, suite_table
 
@@ -184,7 +186,23 @@ def test_test_images_are_seen_once(world, tmp_path):
     assert len(seen) == len(set(seen)) == len(SUITE) * len(TASKS)
 
 
+@pytest.mark.parametrize("name, given", [("ties", dict(density=30.)), ("dare_ties", dict(density=30.)), ("tsv", dict(rank=1)), ("tsv_compress", dict(rank=1)), ("magnitude_masks", dict(density=30.))])
+def test_good_options_are_let_through(world, name, given):
+    assert evaluate_suite(world, [name], alpha=1., options={name: given}, progress=False)["options"]["options"] == {name: given}
+
+
 # what is computed again
+
+
+def test_the_bar_is_shown_where_there_is_something_to_do(tmp_path, capsys):
+    options = dict(methods=["task_arithmetic"], points=2, out=tmp_path)
+    evaluate_suite(toy_world(), **options)
+    shown = capsys.readouterr().err
+    assert "Task Arithmetic: 100%" in shown and "15/15" in shown and shown.endswith("\n") # 3 tasks: fine-tuned on 2 splits, 2 scales, the test images
+    evaluate_suite(toy_world(), **options)
+    assert capsys.readouterr().err == ""
+    evaluate_suite(toy_world(), **options | dict(grid=[.25, .5]))
+    assert capsys.readouterr().err
 
 
 def test_a_second_run_computes_nothing_and_writes_the_same(world, tmp_path, monkeypatch):
@@ -245,6 +263,18 @@ def test_a_changed_base_changes_all_but_the_tasks_own_towers(world, tmp_path):
     assert changed >= {(m, t) for m, t in everything if m != "finetuned"}
 
 
+@pytest.mark.parametrize("change", ["name", "activation"])
+def test_another_architecture_changes_everything(tmp_path, change):
+    def build(activation):
+        model = Toy()
+        model.visual.append(activation) # has no weights
+        return replace(toy_world(), encoder=ImageEncoder(model))
+    one = build(nn.GELU())
+    everything = new_records(tmp_path, one)
+    assert new_records(tmp_path, replace(one, model="other") if change == "name" else build(nn.GELU("tanh"))) == everything
+    assert not new_records(tmp_path, build(nn.GELU()))
+
+
 def test_changed_options_and_code_are_noticed(world, tmp_path, monkeypatch):
     new_records(tmp_path, world)
     assert {m for m, _ in new_records(tmp_path, world, options={"tsv": {"rank": 1}})} == {"tsv"}
@@ -282,7 +312,10 @@ def test_code_digest_sees_code_not_comments(tmp_path, monkeypatch):
     (tmp_path / "vision" / "evaluate.py").write_text("x = 1")
     assert digests()[1] != first[1]
     monkeypatch.setattr(torch, "__version__", "0")
-    assert digests()[1] != changed[1]
+    newer = digests()
+    assert newer[1] != changed[1]
+    monkeypatch.setattr(records_module, "version", lambda name: "0")
+    assert digests()[1] != newer[1]
     code_digest.cache_clear()
 
 
@@ -291,8 +324,8 @@ def test_code_digest_sees_code_not_comments(tmp_path, monkeypatch):
 
 def test_records_survive_a_cut_at_every_byte(tmp_path, caplog):
     with Records(tmp_path) as r:
-        r.add("a" * 32, task="ant", accuracy=.5)
-        r.add("b" * 32, task="bee", accuracy=.25)
+        r.add("a" * 32, task="ant", accuracy=.5, seconds=1.)
+        r.add("b" * 32, task="bee", accuracy=.25, seconds=1.)
     path = tmp_path / "records.jsonl"
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
@@ -300,48 +333,58 @@ def test_records_survive_a_cut_at_every_byte(tmp_path, caplog):
         path.write_bytes(whole[:cut])
         caplog.clear()
         with Records(tmp_path) as r:
-            assert len(r) == 1 and r["a" * 32] == dict(task="ant", accuracy=.5) and "incomplete" in caplog.text
-            r.add("b" * 32, task="bee", accuracy=.25)
+            assert len(r) == 1 and r["a" * 32] == dict(task="ant", accuracy=.5, seconds=1.) and "incomplete" in caplog.text
+            r.add("b" * 32, task="bee", accuracy=.25, seconds=1.)
         assert path.read_bytes() == whole
 
 
 def test_damaged_lines_are_dropped_alone(tmp_path, caplog):
     with Records(tmp_path) as r:
-        for i in range(3): r.add(str(i), value=i)
+        for i in range(3): r.add(str(i), value=i, seconds=1.)
     path = tmp_path / "records.jsonl"
     good = path.read_text().splitlines(keepends=True)
-    for bad in ("{\n", "[1]\n", '"text"\n', '{"value": 1}\n', "\n", "\x00\x00\n"):
+    for bad in ("{\n", "[1]\n", '"text"\n', '{"value": 1}\n', "\n", "\x00\x00\n", '{"key": "1"}\n', '{"key": "1", "seconds": "1"}\n', '{"key": "1", "seconds": NaN}\n',
+                *('{"key": "1", "seconds": 1.0, "task": "ant"%s}\n' % more for more in ("", ', "accuracy": 1.5', ', "accuracy": null', ', "accuracy": NaN', ', "accuracy": -0.1'))):
         path.write_text(good[0] + bad + good[2])
         with Records(tmp_path) as r: assert set(r.known) == {"0", "2"} and "line 2 is damaged" in caplog.text
         caplog.clear()
+
+
+def test_a_record_without_its_accuracy_is_computed_again(world, tmp_path):
+    options = dict(methods=["zero_shot"], alpha=1., out=tmp_path, progress=False)
+    results = evaluate_suite(world, **options)
+    damaged = lines(tmp_path)
+    for record in damaged: record.pop("accuracy", None)
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in damaged))
+    assert timeless(evaluate_suite(world, **options)) == timeless(results)
 
 
 def test_the_last_line_of_a_key_counts(tmp_path):
     for value in (1, 2):
         with Records(tmp_path, force=True) as r:
             assert not len(r)
-            r.add("a", value=value)
-    with Records(tmp_path) as r: assert r["a"] == dict(value=2) and len(lines(tmp_path)) == 2
+            r.add("a", value=value, seconds=1.)
+    with Records(tmp_path) as r: assert r["a"] == dict(value=2, seconds=1.) and len(lines(tmp_path)) == 2
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     with Records(tmp_path) as r:
-        r.add("a", value=1)
+        r.add("a", value=1, seconds=1.)
         before = r.path.read_bytes()
         class Full:
             def __init__(self, file): self.file = file
             def write(self, data): return self.file.write(data[:7])
             def __getattr__(self, name): return getattr(self.file, name)
         real, r.file = r.file, Full(r.file)
-        with pytest.raises(OSError, match="disk is full"): r.add("b", value=2)
+        with pytest.raises(OSError, match="disk is full"): r.add("b", value=2, seconds=1.)
         assert r.path.read_bytes() == before and "b" not in r
         r.file = real
         def interrupted(fd): raise KeyboardInterrupt
         with monkeypatch.context() as m:
             m.setattr(os, "fsync", interrupted)
-            with pytest.raises(KeyboardInterrupt): r.add("b", value=2)
+            with pytest.raises(KeyboardInterrupt): r.add("b", value=2, seconds=1.)
         assert r.path.read_bytes() == before and "b" not in r
-        r.add("b", value=3)
+        r.add("b", value=3, seconds=1.)
     assert [o["value"] for o in lines(tmp_path)] == [1, 3]
 
 
@@ -449,7 +492,44 @@ def test_data_digest_of_datasets():
     assert one == data_digest(TensorDataset(images.clone(), labels))
     others = [(images[:-1], labels[:-1]), (images.flip(0), labels), (images * .5, labels), (images, (labels + 1) % 5), (images[:, :, :1], labels)]
     assert all(data_digest(TensorDataset(*o)) != one and data_digest(o) != data_digest((images, labels)) for o in others)
-    assert data_digest(TensorDataset(images[:0], labels[:0])) == fact_digest(0, [])
+    assert data_digest(TensorDataset(images[:0], labels[:0])) == fact_digest(0, [], [])
+    class Plain(Dataset): # nothing is known without reading
+        def __len__(self): return 100
+        def __getitem__(self, i): return images[i], labels[i]
+    assert data_digest(Plain()) == data_digest(Subset(Plain(), range(100))) != one
+    both = ConcatDataset([Plain(), TensorDataset(images, labels)])
+    other = ConcatDataset([Plain(), TensorDataset(images, labels.clone().index_fill(0, torch.tensor(33), 4))])
+    assert data_digest(Subset(both, range(1, 200))) != data_digest(Subset(other, range(1, 200)))
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(99, -1, -1)), lambda data: ConcatDataset([data, data]), lambda data: KeptImages(data, torch.Tensor.float)])
+def test_data_digest_sees_every_label_and_file(tmp_path, wrap):
+    from PIL import Image
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for i in range(100): Image.new("RGB", (2, 2), (i, i, i)).save(folder / f"{i:02d}.png")
+    def digest(labels=[i % 5 for i in range(100)], at=folder):
+        opened = []
+        def to_tensor(image): opened.append(1); return torch.tensor(image.getpixel((0, 0)), dtype=torch.uint8)
+        data = wrap(FileImages([at / f"{i:02d}.png" for i in range(100)], labels, 5, "toy", to_tensor))
+        seen = data_digest(data)
+        assert len(opened) <= 17
+        return seen
+    one = digest()
+    assert digest() == one
+    sampled = {k * 100 // 16 for k in range(16)} | {99}
+    for i in {7, 33, 98} - sampled: assert digest([(j % 5 + (j == i)) % 5 for j in range(100)]) != one
+    folder.rename(tmp_path / "moved")
+    assert digest(at=tmp_path / "moved") == one
+    path = tmp_path / "moved" / "33.png"
+    time_ns = path.stat().st_mtime_ns
+    os.utime(path, ns=(time_ns, time_ns + 1_000_000_000))
+    assert digest(at=tmp_path / "moved") != one
+    os.utime(path, ns=(time_ns, time_ns))
+    assert digest(at=tmp_path / "moved") == one
+    path.write_bytes(path.read_bytes() + b"x")
+    os.utime(path, ns=(time_ns, time_ns))
+    assert digest(at=tmp_path / "moved") != one
 
 
 # bad input
@@ -459,7 +539,10 @@ def test_data_digest_of_datasets():
     (dict(methods=["tsvm"]), "unknown method 'tsvm'; known: 'zero_shot'"), (dict(grid=[]), "grid of alpha is empty"), (dict(points=0), "grid of alpha is empty"),
     (dict(points=2.5), "grid of alpha is empty"), (dict(grid=[.5, float("nan")]), "not finite"), (dict(alpha="best"), "unknown alpha 'best'; known: 'validation', 'default'"),
     (dict(alpha=float("inf")), "finite number, got inf"), (dict(alpha=1., grid=[.5]), "a grid of scales is for alpha='validation'"), (dict(ranks=[0]), "rank must be at least 1"),
-    (dict(options={"tsvm": {}}), "unknown method in options 'tsvm'")])
+    (dict(options={"tsvm": {}}), "unknown method in options 'tsvm'"), (dict(options={"ties": {"densty": 3}}), "unknown option of ties 'densty'; known: 'density'"),
+    (dict(options={"zero_shot": {"rank": 3}}), "unknown option of zero_shot 'rank'"), (dict(options={"finetuned": {"rank": 3}}), "unknown option of finetuned 'rank'"), (dict(options={"tall_masks": {"lam": .3}}), "unknown option of tall_masks 'lam'"),
+    (dict(options={"tsv_compress": {"ranks": 3}}), "unknown option of tsv_compress 'ranks'; known: 'rank', 'ratio'"), (dict(options={"magnitude_masks": {"dense": 3}}), "unknown option of magnitude_masks"),
+    (dict(options={"knots_ties": {"base": len}}), "option 'base' of knots_ties is <built-in function len>, which cannot be part of a record")])
 def test_bad_options_are_noticed_before_anything_is_written(world, tmp_path, options, message):
     calls = count_calls(world)
     with pytest.raises(ValueError, match=message): evaluate_suite(world, out=tmp_path / "out", progress=False, **options)

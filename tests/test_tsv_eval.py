@@ -2,6 +2,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -164,6 +165,7 @@ def test_kept_images(tmp_path, path, dtype):
     part = image_batches(kept, 4)
     next(part)
     part.close() # an interrupted pass
+    assert not list(tmp_path.iterdir())
     seen = source.seen
     check(kept, 4)
     assert source.seen == seen + 11 # it did not count as a pass
@@ -185,12 +187,39 @@ def test_kept_files_are_used_checked_and_made_again(tmp_path):
         again = Numbers()
         list(image_batches(KeptImages(again, torch.Tensor.float, tmp_path / "a"), 4))
         assert again.seen >= 11 and (tmp_path / "a").read_bytes() == good
-    (tmp_path / ".b.part").write_bytes(b"left by a run that was killed")
+    left, fresh = tmp_path / ".b.1.part", tmp_path / ".b.2.part"
+    for part in (left, fresh): part.write_bytes(b"left by a run that was killed")
+    os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
     list(image_batches(KeptImages(Numbers(), torch.Tensor.float, tmp_path / "b"), 4))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"] and (tmp_path / "b").read_bytes() == good
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.2.part", "a", "b"] # the fresh one may be another process's
+    fresh.unlink()
+    assert (tmp_path / "b").read_bytes() == good
     every = Numbers()
     for _ in range(2): list(image_batches(KeptImages(every, torch.Tensor.float, tmp_path / "c", keep=False), 4))
     assert every.seen == 22 and not (tmp_path / "c").exists()
+
+
+def test_two_passes_at_once_share_a_folder(tmp_path):
+    "Each fills a file of its own: whichever ends first, what is published is complete."
+    def kept(): return KeptImages(Numbers(), torch.Tensor.float, tmp_path / "a")
+    list(image_batches(kept(), 4))
+    good = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").unlink()
+    first, second = (image_batches(kept(), 4) for _ in range(2))
+    next(first), next(first), next(second)
+    list(first)
+    assert (tmp_path / "a").read_bytes() == good
+    list(second)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == good
+
+
+def test_a_pass_that_fails_leaves_nothing(tmp_path):
+    class Broken(Numbers):
+        def __getitem__(self, i):
+            if i == 7: raise ValueError("this image cannot be read")
+            return super().__getitem__(i)
+    with pytest.raises(ValueError, match="cannot be read"): list(image_batches(KeptImages(Broken(), torch.Tensor.float, tmp_path / "a"), 4))
+    assert not list(tmp_path.iterdir())
 
 
 # bad input
@@ -204,8 +233,8 @@ def failure(capsys, *args):
 @pytest.mark.parametrize("args, message", [
     (["--methods", "tsvm"], "tsv_eval: unknown method 'tsvm'; known: 'zero_shot'"), (["--model", "ViT-B-23"], "unknown model 'ViT-B-23'; did you mean 'ViT-B-32'"),
     (["--model", "ViT-B-32", "--tasks", "SVNH"], "unknown data set 'SVNH'; did you mean 'SVHN'"), (["--tasks", "runes"], "unknown task 'runes'; known: 'greek'"),
-    (["--tasks", "21"], "between 1 and 20, got 21"), (["--tasks", ","], "at least one task"), (["--grid", ","], "grid of alpha is empty"), (["--points", "0"], "grid of alpha is empty"),
-    (["--methods", ","], "no method is asked for"), (["--alpha", "best"], "unknown alpha"), (["--ranks", "a"], "ranks must be numbers"), (["--device", "abacus"], "device 'abacus' cannot be used"), (["--batch", "0"], "batch must be at least 1"),
+    (["--tasks", "21"], "tsv_eval: tasks must be between 1 and 20, or names with commas between them, got 21"), (["--tasks", "0"], "tsv_eval: tasks must be between 1 and 20"), (["--tasks", ","], "at least one task"), (["--grid", ","], "grid of alpha is empty"), (["--points", "0"], "grid of alpha is empty"),
+    (["--methods", ","], "no method is asked for"), (["--alpha", "best"], "unknown alpha"), (["--ranks", "1.5"], "ranks must be whole numbers"), (["--grid", "a"], "grid must be numbers"), (["--device", "meta"], "device 'meta' cannot be used"), (["--device", "abacus"], "device 'abacus' cannot be used"), (["--batch", "0"], "batch must be at least 1"),
     (["--model", "ViT-B-32", "--checkpoints", "nowhere"], "9 checkpoints missing in 'nowhere")])
 def test_bad_options(tmp_path, capsys, args, message):
     assert message in failure(capsys, *args, "--out", tmp_path / "out")
@@ -305,11 +334,24 @@ def test_quiet_and_repeated(tmp_path, capsys):
     assert "zero-shot" in shown and "greek" in shown and {p: p.read_bytes() for p in tmp_path.glob("*.json*")} == first
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_stopped_and_out_of_memory(tmp_path, capsys, monkeypatch, force):
+    def fail(error):
+        def run(**_): raise error
+        monkeypatch.setattr("tsv_nb.vision.command.run_eval", run)
+        with pytest.raises(SystemExit) as e: tsv_eval(["--out", str(tmp_path), "--batch", "512", *["--force"] * force])
+        return e.value.code
+    assert fail(KeyboardInterrupt()) == 130
+    text = capsys.readouterr().err
+    assert ("the same command, without --force, goes on" if force else "the same command goes on") in text
+    assert "lower --batch, which is 512. (CUDA out of memory.)" in fail(torch.cuda.OutOfMemoryError("CUDA out of memory.\nmuch more"))
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as e: tsv_eval(["--help"])
     assert e.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("--tasks", "--checkpoints", "--cache", "Example:", "goes on where it was stopped"): assert part in text
+    for part in ("--tasks", "--checkpoints", "--cache", "Example:", "goes on where it was stopped", "up to each method's own limit", "for all but weight_average (always its own) and tall_masks (then lambda is .4)"): assert part in text
 
 
 def test_the_same_file_from_python(tmp_path):

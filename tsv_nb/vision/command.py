@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_options', 'world_options', 'open_world', 'run_eval', 'eval_command', 'tsv_eval']
 
-# %% ../../nbs/vision/24g_command.ipynb #b654c1df
+# %% ../../nbs/vision/24g_command.ipynb #ba795369
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from fastcore.script import anno_parser
 from tqdm.auto import tqdm
 
 from .evaluate import World, load_world
+from .glyphs import GLYPH_TASKS
 from .protocol import _words_of
 from .records import Records
 from .suite import check_request, evaluate_suite, results_path, suite_table
@@ -45,18 +46,18 @@ def world_options(
     "What to evaluate on."
     return dict(seed=seed, checkpoints=checkpoints, data=data, pretrained=pretrained, published=published, device=device, batch=batch, workers=workers, **image_options(**kwargs))
 
-# %% ../../nbs/vision/24g_command.ipynb #104df795
+# %% ../../nbs/vision/24g_command.ipynb #8dc3fdac
 def _list(text: str | None, kind: type, what: str) -> list | None:
     "A list written with commas."
     if text is None: return None
     try: return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError as e: raise ValueError(f"{what} must be numbers with commas between them, got {text!r}.") from e
+    except ValueError as e: raise ValueError(f"{what} must be {'whole ' * (kind is int)}numbers with commas between them, got {text!r}.") from e
 
 
 def _check_machine(device: str, batch: int, workers: int) -> None:
     "Raise `ValueError` for a device that cannot be used, and for sizes that make no sense."
     if batch < 1 or workers < 0: raise ValueError(f"batch must be at least 1 and workers at least 0, got {batch} and {workers}.")
-    try: torch.zeros(1, device=device)
+    try: torch.zeros(1, device=device).item() # some devices, such as meta, hold no numbers
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
 
 
@@ -73,12 +74,14 @@ def open_world(
         from tsv_nb.vision.paper_world import paper_world
         options.pop("seed")
         return paper_world(model, tasks, **options)
-    world = load_world(int(tasks) if tasks.strip().isdecimal() else _list(tasks, str, "tasks"), options["seed"], progress)
+    number = int(tasks) if tasks.strip().isdecimal() else None
+    if number is not None and not 1 <= number <= len(GLYPH_TASKS): raise ValueError(f"tasks must be between 1 and {len(GLYPH_TASKS)}, or names with commas between them, got {number}.")
+    world = load_world(number or _list(tasks, str, "tasks"), options["seed"], progress)
     world.encoder.to(options["device"])
     world.batch = options["batch"]
     return world
 
-# %% ../../nbs/vision/24g_command.ipynb #ccec2277
+# %% ../../nbs/vision/24g_command.ipynb #3d56691f
 def _alpha(text: str) -> str | float:
     "A number, or a word."
     try: return float(text)
@@ -90,8 +93,8 @@ def run_eval(
     model: str = "glyph", # the offline world, or an open_clip architecture such as ViT-B-32
     tasks: str = "8", # how many of the first (the paper: 8, 14, 20), or names with commas
     methods: str = "all", # names with commas
-    alpha: str = "validation", # scale of merged vectors: chosen on validation images, default (each method's own), or a number
-    points: int = 30, # scales to try, in equal steps up to the method's limit (3 for tsv, 1 for most)
+    alpha: str = "validation", # scale of merged vectors: chosen on validation images, default (each method's own), or a number, for all but weight_average (always its own) and tall_masks (then lambda is .4)
+    points: int = 30, # scales to try, in equal steps up to each method's own limit
     grid: str = None, # instead: scales to try, with commas
     ranks: str = None, # also TSV-C at these ranks, with commas
     out: str = "results", # folder for records and results
@@ -108,7 +111,7 @@ def run_eval(
     results = evaluate_suite(world, **asked, out=out, progress=progress, force=force)
     return results, results_path(results, out)
 
-# %% ../../nbs/vision/24g_command.ipynb #df7b25d5
+# %% ../../nbs/vision/24g_command.ipynb #26b4b7e6
 @delegates(run_eval, but=["progress"])
 def eval_command(
     per_task: bool = False, # also print a table by task
@@ -132,8 +135,9 @@ def tsv_eval(
     options = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("pdb", "xtra")}
     try: text = eval_command(**options)
     except KeyboardInterrupt:
-        tqdm.write(f"\ntsv_eval: stopped. What is known is in {Path(options['out']) / 'records.jsonl'}; the same command goes on from there.", file=sys.stderr)
+        tqdm.write(f"\ntsv_eval: stopped. What is known is in {Path(options['out']) / 'records.jsonl'}; the same command{', without --force,' * options['force']} goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None
+    except torch.cuda.OutOfMemoryError as e: raise SystemExit(f"tsv_eval: {options['device']} has too little memory; lower --batch, which is {options['batch']}. ({str(e).splitlines()[0]})") from e
     except (ValueError, KeyError, TypeError, OSError, ImportError) as e:
         message = str(e).strip().splitlines()[-1] if "Traceback" in str(e) else str(e) # of a loading process
         raise SystemExit(f"tsv_eval: {message}") from e

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['split_preprocess', 'KeptImages', 'LazyTowers', 'paper_images', 'paper_world']
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #9e0de3a9
+# %% ../../nbs/vision/24f_paper_world.ipynb #78a27d82
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -70,7 +73,16 @@ class KeptImages(Dataset):
         flat = torch.from_file(str(path), shared=True, size=n * (8 + size), dtype=torch.uint8)
         return flat[:8 * n].view(torch.int64), flat[8 * n:].view(like.dtype).view(n, *like.shape)
 
-# %% ../../nbs/vision/24f_paper_world.ipynb #e59b51ad
+# %% ../../nbs/vision/24f_paper_world.ipynb #a7a05f79
+def _part(path: Path) -> Path:
+    "An unfinished file's own name; those that killed processes left are removed when nobody has written to them for a day."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{path.name}.*.part"):
+        with suppress(FileNotFoundError): # another process may be faster
+            if time.time() - old.stat().st_mtime > 24 * 3600: old.unlink()
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+
+# %% ../../nbs/vision/24f_paper_world.ipynb #4b85fa69
 @patch
 def batches(
     self: KeptImages,
@@ -83,16 +95,18 @@ def batches(
     if self.kept is not None:
         yield from ((self.finish(x), y) for y, x in zip(*(part.split(batch) for part in self.kept)))
         return
-    part, at, room = self.path and self.path.with_name(f".{self.path.name}.part"), 0, None
-    if part: part.parent.mkdir(parents=True, exist_ok=True); part.unlink(missing_ok=True)
-    for x, y in DataLoader(self.dataset, batch, num_workers=workers):
-        if self.keep:
-            room = room or self._room(part)
-            for kept, new in zip(room, (y, x)): kept[at:at + len(new)] = new
-        yield self.finish(x), y
-        at += len(x)
-    if part and self.keep: os.replace(part, self.path)
-    self.kept = room
+    part, at, room = _part(self.path) if self.path and self.keep else None, 0, None
+    try:
+        for x, y in DataLoader(self.dataset, batch, num_workers=workers):
+            if self.keep:
+                room = room or self._room(part)
+                for kept, new in zip(room, (y, x)): kept[at:at + len(new)] = new
+            yield self.finish(x), y
+            at += len(x)
+        if part: os.replace(part, self.path)
+        self.kept = room
+    finally: # also when a generator is given up
+        if part: part.unlink(missing_ok=True)
 
 # %% ../../nbs/vision/24f_paper_world.ipynb #ddf13b07
 class LazyTowers(Mapping):

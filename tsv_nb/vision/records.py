@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fact_digest', 'data_digest', 'code_digest', 'Records', 'write_json']
 
-# %% ../../nbs/vision/24b_records.ipynb #6a63b859
+# %% ../../nbs/vision/24b_records.ipynb #15887cd0
 import ast
 import functools
 import hashlib
@@ -14,13 +14,14 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from .finetune import state_digest
 
@@ -31,18 +32,38 @@ def fact_digest(
     "A digest of facts; the order of keys in a dict makes no difference."
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
-# %% ../../nbs/vision/24b_records.ipynb #b80626e5
+# %% ../../nbs/vision/24b_records.ipynb #98a4aae7
+def _file_facts(paths: list[str]) -> list:
+    "Of each file: path below the folder that they share, size, time of the last change in ns."
+    start, facts = len(os.path.commonpath(paths)), []
+    for path in paths:
+        try: facts.append([path[start:], (s := os.stat(path)).st_size, s.st_mtime_ns])
+        except OSError: facts.append([path[start:]]) # whoever reads it will say so
+    return facts
+
+
+def _image_facts(data: Dataset) -> list:
+    "Of each image what is known without decoding it, in order; an empty list where nothing is."
+    if isinstance(data, Subset): return [facts[i] for i in data.indices] if (facts := _image_facts(data.dataset)) else []
+    if isinstance(data, ConcatDataset): return [fact for part in data.datasets for fact in _image_facts(part) or [None] * len(part)]
+    if isinstance(getattr(data, "dataset", None), Dataset): return _image_facts(data.dataset) # the same images, kept or finished
+    labels = data.tensors[1] if isinstance(data, TensorDataset) else getattr(data, "labels", getattr(data, "targets", None))
+    labels, paths = labels.tolist() if hasattr(labels, "tolist") else labels, getattr(data, "paths", None)
+    known = [facts for facts in (labels and list(map(str, labels)), paths and _file_facts([os.path.abspath(p) for p in paths])) if facts and len(facts) == len(data)]
+    return [list(fact) for fact in zip(*known)]
+
+# %% ../../nbs/vision/24b_records.ipynb #fa7d3bc2
 def data_digest(
     data: Dataset | tuple[Tensor, Tensor], # a Dataset of pairs (image, label), or (images, labels)
     samples: int = 16, # images of a Dataset that are looked at
 ) -> str: # 32 hexadecimal digits
-    "A digest of images and labels: of all in tensors, of a sample in a Dataset."
+    "A digest of images and labels: of all in tensors; of a Dataset, all labels and files that are known, and a sample of the images."
     if not isinstance(data, Dataset): return state_digest(dict(zip(("images", "labels"), data)))[:32]
     n = len(data)
     seen = [data[i] for i in sorted({k * n // samples for k in range(samples)} | {n - 1})] if n else []
-    return fact_digest(n, [[state_digest({"image": image}), int(label)] for image, label in seen])
+    return fact_digest(n, _image_facts(data), [[state_digest({"image": image}), int(label)] for image, label in seen])
 
-# %% ../../nbs/vision/24b_records.ipynb #39676d15
+# %% ../../nbs/vision/24b_records.ipynb #3f990e27
 _PACKAGE = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path("../../tsv_nb").resolve() # in a notebook: the files it was exported to
 _MEASURE, _METHODS = ("vision/clip.py", "vision/evaluate.py"), ("*.py", "kernels/*.py", "vision/contenders.py", "vision/scores.py")
 
@@ -51,12 +72,12 @@ _MEASURE, _METHODS = ("vision/clip.py", "vision/evaluate.py"), ("*.py", "kernels
 def code_digest(
     methods: bool = True, # also the files that merge and compress, not only those that evaluate
 ) -> str: # 32 hexadecimal digits
-    "A digest of the code that a number depends on, and of torch's version; comments and blank lines make no difference."
+    "A digest of the code that a number depends on, and of torch's and open_clip's versions; comments and blank lines make no difference."
     files = sorted({f for pattern in _MEASURE + _METHODS * methods for f in _PACKAGE.glob(pattern)} - {_PACKAGE / n for n in ("__init__.py", "_modidx.py", "cli.py")})
     parsed = {f.relative_to(_PACKAGE).as_posix(): ast.dump(ast.parse(f.read_text(encoding="utf-8"))) for f in files}
-    return fact_digest(torch.__version__, {name: hashlib.sha256(tree.encode()).hexdigest() for name, tree in parsed.items()})
+    return fact_digest(torch.__version__, version("open_clip_torch"), {name: hashlib.sha256(tree.encode()).hexdigest() for name, tree in parsed.items()})
 
-# %% ../../nbs/vision/24b_records.ipynb #608204b6
+# %% ../../nbs/vision/24b_records.ipynb #e95bb1d6
 _log = logging.getLogger(__name__)
 
 
@@ -67,7 +88,10 @@ def _read_lines(path: Path) -> tuple[dict[str, dict], int]:
     if whole < len(raw): _log.warning(f"{path.name}: the last record is incomplete (a run was killed while writing it); it is dropped and will be computed again.")
     known = {}
     for i, line in enumerate(raw[:whole].splitlines(), 1):
-        try: record = json.loads(line); known[record.pop("key")] = record
+        try:
+            record = json.loads(line)
+            if not record["seconds"] >= 0 or "task" in record and not 0 <= record["accuracy"] <= 1: raise ValueError("not a score")
+            known[record.pop("key")] = record
         except (ValueError, KeyError, AttributeError, TypeError): _log.warning(f"{path.name}: line {i} is damaged; it is dropped and will be computed again.")
     return known, whole
 

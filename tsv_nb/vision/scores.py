@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['world_digests', 'Scores', 'evaluate_contender']
 
-# %% ../../nbs/vision/24d_scores.ipynb #138d2681
+# %% ../../nbs/vision/24d_scores.ipynb #d3a4ba95
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -17,18 +18,19 @@ from .evaluate import World, normalized
 from .finetune import state_digest
 from .records import Records, code_digest, data_digest, fact_digest
 
-# %% ../../nbs/vision/24d_scores.ipynb #0f2eb3ef
+# %% ../../nbs/vision/24d_scores.ipynb #3bff1de5
 def world_digests(
     world: World,
     splits: Sequence[str] = ("val", "test"), # the splits that are used
-) -> dict: # "base", "finetuned" (by task), "heads" (by task), "data" (by split and task)
+) -> dict: # "encoder", "base", "finetuned" (by task), "heads" (by task), "data" (by split and task)
     "What identifies the inputs of an evaluation."
     towers = {t: state_digest(world.finetuned[t])[:32] for t in world.names}
     heads = {t: state_digest({"head": world.heads[t]})[:32] for t in world.names}
     data = {split: {t: data_digest(world.data[t, split]) for t in world.names} for split in splits}
-    return dict(base=state_digest(world.pretrained)[:32], finetuned=towers, heads=heads, data=data)
+    encoder = fact_digest(world.model, re.sub(" at 0x[0-9a-f]+", "", repr(world.encoder))) # an address is another one in every process
+    return dict(encoder=encoder, base=state_digest(world.pretrained)[:32], finetuned=towers, heads=heads, data=data)
 
-# %% ../../nbs/vision/24d_scores.ipynb #6b43b173
+# %% ../../nbs/vision/24d_scores.ipynb #c36468e0
 class Scores:
     "Accuracies of contenders, each computed once."
     def __init__(self,
@@ -44,7 +46,7 @@ class Scores:
         "The digest of everything that a number depends on; without a task, of what preparing depends on."
         towers = self.inputs["finetuned"] if c.inputs == "all" else {t: self.inputs["finetuned"][t] for t in ([task] if c.inputs == "own" and task else [])}
         images = [self.inputs["heads"][task], self.inputs["data"][split][task]] if task else []
-        facts = [c.name, c.facts, value, split, task, self.inputs["base"], list(towers.items()), images, self.device]
+        facts = [c.name, c.facts, value, split, task, self.inputs["encoder"], self.inputs["base"], list(towers.items()), images, self.device]
         return fact_digest(*facts, code_digest(methods=c not in (ZERO_SHOT, FINETUNED)))
 
     def state(self, c: Contender) -> Callable: # (value, task) -> state dict
@@ -74,7 +76,7 @@ def measure(
                 yield t, acc, time.perf_counter() - start
                 start = time.perf_counter()
 
-# %% ../../nbs/vision/24d_scores.ipynb #f9c211a2
+# %% ../../nbs/vision/24d_scores.ipynb #baab5b3a
 @patch
 def __call__(
     self: Scores,
@@ -85,7 +87,9 @@ def __call__(
     "Accuracies from the records; those that are not there are computed and added."
     keys = {t: self.key(c, v, split, t) for t, v in values.items()}
     missing = {t: values[t] for t, k in keys.items() if k not in self.records}
-    if self.bar is not None: self.bar.total -= len(keys) - len(missing); self.bar.set_description(c.title)
+    if self.bar is not None:
+        self.bar.total -= len(keys) - len(missing)
+        if missing: self.bar.set_description(c.title); self.bar.delay = 0 # from now on there is something to show
     for t, acc, seconds in self.measure(c, missing, split):
         self.records.add(keys[t], method=c.name, value=values[t], split=split, task=t, accuracy=acc, seconds=round(seconds, 3))
         if self.bar is not None: self.bar.update()

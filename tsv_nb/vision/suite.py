@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_world', 'check_request', 'results_path', 'evaluate_suite', 'suite_table']
 
-# %% ../../nbs/vision/24e_suite.ipynb #9003c522
+# %% ../../nbs/vision/24e_suite.ipynb #f5019e5e
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..checks import check_option, check_rank
-from .contenders import FINETUNED, SUITE, contender
+from .contenders import FINETUNED, SUITE, check_options, contender
 from .evaluate import World, check_head
 from .records import Records, fact_digest, write_json
 from .scores import Scores, evaluate_contender
@@ -36,7 +36,7 @@ def check_world(
             if not n: raise ValueError(f"task {t!r} has no {split} images; {hint}.")
             if not isinstance(data, Dataset): check_head(data[1], world.heads[t], f"task {t!r}, {split} images")
 
-# %% ../../nbs/vision/24e_suite.ipynb #f91446f5
+# %% ../../nbs/vision/24e_suite.ipynb #053941fa
 def check_request(
     methods: Sequence[str] | None = None, # the arguments of `evaluate_suite`
     alpha: str | float = "validation",
@@ -48,7 +48,7 @@ def check_request(
     "Raise if something unknown or impossible is asked for, whatever the world."
     if methods is not None and not len(methods): raise ValueError(f"no method is asked for; known: {', '.join(SUITE)}.")
     for n in SUITE if methods is None else methods: contender(n, 1, points=points)
-    for n in options or (): check_option("method in options", n, SUITE)
+    for n, given in (options or {}).items(): check_options(n, given)
     for k in ranks: check_rank(k, "or leave ranks out")
     if isinstance(alpha, str): check_option("alpha", alpha, ("validation", "default"))
     elif not math.isfinite(alpha): raise ValueError(f"alpha must be 'validation', 'default' or a finite number, got {alpha}.")
@@ -81,11 +81,11 @@ def _report(world: World, scores: Scores, asked: dict, field: Mapping[str, dict]
     versions = dict(tsv_nb=__version__, torch=torch.__version__, python=platform.python_version(), machine=platform.machine())
     return dict(options=asked, run=dict(device=scores.device, batch=world.batch), versions=versions, inputs=scores.inputs, methods=dict(field), ranks=dict(sweep))
 
-# %% ../../nbs/vision/24e_suite.ipynb #c2f31017
+# %% ../../nbs/vision/24e_suite.ipynb #604536a3
 def evaluate_suite(
     world: World, # what to evaluate on
     methods: Sequence[str] | None = None, # names from SUITE; None: all
-    alpha: str | float = "validation", # "validation", "default" (each method's own), or a number for all
+    alpha: str | float = "validation", # "validation", "default" (each method's own), or a number for all but weight_average (always its own) and tall_masks (then lambda is .4)
     grid: Sequence[float] | None = None, # scales to try instead of equal steps up to each method's limit
     points: int = 30, # how many equal steps
     ranks: Sequence[int] = (), # TSV-C with so many components per matrix, one task at a time
@@ -99,7 +99,7 @@ def evaluate_suite(
     everyone = [*field.values(), *sweep.values()]
     splits = ("val", "test") if any(len(c.tries) > 1 for c in everyone) else ("test",)
     total = len(world.names) * sum(1 + len(c.tries) * (len(c.tries) > 1) for c in (*everyone, *[FINETUNED] * len(splits)))
-    with Records(out, force) as records, tqdm(total=total, disable=not progress, unit="accuracy") as bar:
+    with Records(out, force) as records, tqdm(total=total, disable=not progress, unit="accuracy", delay=math.inf) as bar: # shown by the first score that is missing
         check_world(world, splits)
         scores = Scores(world, records, splits, bar)
         best = {split: scores(FINETUNED, dict.fromkeys(world.names, 1.), split) for split in splits}
