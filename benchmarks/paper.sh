@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that nbs/vision/25_paper.ipynb shows, measured again. Usage: bash benchmarks/paper.sh [OUT_DIR]
-# Goes on where it was stopped. Give it two idle cores: about an hour and a half.
+# Goes on where it was stopped. Give it two idle cores: about two hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
