@@ -69,7 +69,7 @@ MERGE_METHODS = MethodTable((m.name, m) for m in [
     _M("tsv", "TSV-M", tsv_merge, "Gargiulo et al. 2025, arXiv 2412.00081", alpha_max=3., options=dict(small="average")),
 ])
 
-# %% ../nbs/method/08_methods.ipynb #bb85a736
+# %% ../nbs/method/08_methods.ipynb #8c94afc5
 def promises(
     method: MergeMethod, # to be tried
     vectors: Vectors, # {task name: task vector} with matrices and vectors
@@ -81,9 +81,9 @@ def promises(
     turn = {n: [torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q.to(x.dtype) for d in x.shape] for n, x in vector.items() if x.ndim == 2}
     changes = {"doubled": lambda n, x: 2 * x, "transposed": lambda n, x: x.mT if x.ndim == 2 else x,
                "rotated": lambda n, x: turn[n][0] @ x @ turn[n][1].mT if x.ndim == 2 else x}
-    def same(a, b): return all((a[n] - x).norm() <= tol * max(x.norm(), 1e-30) for n, x in b.items())
-    result, kept = method(vectors), {"one task": same(method({task: vector}), vector)}
+    def _same(a, b): return all((a[n] - x).norm() <= tol * max(x.norm(), 1e-30) for n, x in b.items())
+    result, kept = method(vectors), {"one task": _same(method({task: vector}), vector)}
     for what, change in changes.items():
         changed = {t: {n: change(n, x) for n, x in v.items()} for t, v in vectors.items()}
-        kept[what] = same(method(changed), {n: change(n, x) for n, x in result.items()})
+        kept[what] = _same(method(changed), {n: change(n, x) for n, x in result.items()})
     return kept
