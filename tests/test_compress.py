@@ -160,7 +160,7 @@ def test_damaged_and_foreign_files(vector, tmp_path):
         path.write_bytes(whole[:n])
         with pytest.raises(ValueError, match=f"cut{n}.safetensors.*damaged"): CompressedTaskVector.load(path)
     save_file(vector, tmp_path / "plain.safetensors")
-    with pytest.raises(ValueError, match="plain.safetensors.*not a compressed task vector"): CompressedTaskVector.load(tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="plain.safetensors.*holds no compressed task vector"): CompressedTaskVector.load(tmp_path / "plain.safetensors")
     torch.save(vector, tmp_path / "pickle.pt")
     with pytest.raises(ValueError, match="pickle.pt.*damaged or not a safetensors"): CompressedTaskVector.load(tmp_path / "pickle.pt")
     with pytest.raises(FileNotFoundError, match="missing.safetensors"): CompressedTaskVector.load(tmp_path / "missing.safetensors")

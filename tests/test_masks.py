@@ -188,8 +188,8 @@ def test_foreign_files(g, tmp_path):
     save_file({"mask/w": torch.ones(2)}, tmp_path / "plain")
     for name in ("archive", "plain"):
         with pytest.raises(ValueError, match=f"{name}' is a safetensors file, but holds no task masks"): TaskMasks.load(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no masks at .*nothing"): TaskMasks.load(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="no masks at"): TaskMasks.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no task masks at .*nothing"): TaskMasks.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no task masks at"): TaskMasks.load(tmp_path)
 
 
 @pytest.mark.parametrize("tamper, message", [

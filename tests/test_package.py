@@ -165,6 +165,16 @@ def test_every_notebook_is_in_the_sidebar():
     assert listed == there
 
 
+def test_links_between_pages_lead_somewhere():
+    broken = []
+    for page in (ROOT / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" in page.parts: continue
+        text = "".join("".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+        targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if not t.startswith(("http", "#", "attachment"))]
+        broken += [(page.name, t) for t in targets if not (page.parent / t).exists()]
+    assert not broken
+
+
 def test_the_site_can_be_processed():
     "What nbdev_docs does before Quarto: a cell that mixes imports and other code breaks it."
     out = run(sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(force=True)", cwd=ROOT)

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['merged_states', 'demo_scores', 'demo_table', 'write_report', 'run_demo', 'tsv_demo']
 
-# %% ../nbs/cli.ipynb #fd924b4b
+# %% ../nbs/cli.ipynb #1c7a80b4
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse
 
-from .compress import CompressedTaskVector, compress, save_atomic
+from .compress import CompressedTaskVector, compress, save_atomic, written_whole
 from .interference import interference_by_layer
 from .merge import merge_plan, tsv_merge
 from .task_vectors import apply_task_vector, task_arithmetic, weight_average
@@ -82,7 +81,7 @@ def demo_table(
         lines += [_row("mean", [f"{100 * sum(value(m, t) for t in tasks) / len(tasks):.1f}" for m in scores]), ""]
     return "\n".join([*lines, _row("megabytes", [f"{b / 1e6:.1f}" for b in sizes.values()])])
 
-# %% ../nbs/cli.ipynb #3534b604
+# %% ../nbs/cli.ipynb #9409edfb
 def write_report(
     out: Path, # folder
     report: dict, # what to store in report.json
@@ -91,9 +90,7 @@ def write_report(
     import matplotlib.pyplot as plt
 
     from tsv_nb.explore.plots import accuracy_bars, accuracy_radar, interference_by_depth
-    partial = out / ".report.json.tmp"
-    partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    os.replace(partial, out / "report.json")
+    with written_whole(out / "report.json") as partial: partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
     few = {m: report["scores"][m] for m in ("zero-shot", "Task Arithmetic", "TSV-M", "fine-tuned")}
     figures = {"accuracy.png": accuracy_bars(report["scores"]), "tasks.png": accuracy_radar(few), "interference.png": interference_by_depth(report["interference"])}
     for name, ax in figures.items():

@@ -6,7 +6,7 @@
 __all__ = ['LAMBDAS', 'pack_bits', 'unpack_bits', 'TaskMasks', 'magnitude_masks', 'tall_masks', 'choose_lambdas',
            'consensus_merge']
 
-# %% ../nbs/method/06b_masks.ipynb #ef652683
+# %% ../nbs/method/06b_masks.ipynb #1c49e13d
 import hashlib
 import json
 import math
@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .baselines import BASES, magnitude_threshold, ties_merge
 from .checks import check_finite, check_option, check_same_keys
-from .compress import save_atomic
+from .compress import read_kind, save_atomic
 from .task_vectors import Vectors, at_least_float32, header, named_vectors, stacked_entries, task_arithmetic
 
 # %% ../nbs/method/06b_masks.ipynb #497edd49
@@ -196,7 +195,7 @@ def _checked(path: Path, facts: str, packed: dict[str, Tensor]) -> TaskMasks:
             raise ValueError(f"{str(path)!r} is damaged: the mask of tensor {name!r} is missing or of the wrong size; write it again with `save`.")
     return masks
 
-# %% ../nbs/method/06b_masks.ipynb #9570ae33
+# %% ../nbs/method/06b_masks.ipynb #158a305b
 @patch(cls_method=True)
 def load(
     cls: TaskMasks,
@@ -205,14 +204,8 @@ def load(
 ) -> TaskMasks:
     "Read masks; raises `FileNotFoundError`, or `ValueError` for a damaged or foreign file."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no masks at {str(path)!r}; check the path.")
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            meta = file.metadata() or {}
-            packed = {key.removeprefix("mask/"): file.get_tensor(key) for key in file.keys()} if meta.get("kind") == _KIND else {}
-    except (SafetensorError, OSError) as e: raise ValueError(f"{str(path)!r} is damaged or not a safetensors file ({e}); write it again with `save`.") from e
-    if meta.get("kind") != _KIND: raise ValueError(f"{str(path)!r} is a safetensors file, but holds no task masks; make one with `tall_masks(vectors).save(path)`.")
-    return _checked(path, meta.get("facts", ""), packed)
+    meta, tensors = read_kind(path, _KIND, "task masks", "tall_masks(vectors).save(path)", device)
+    return _checked(path, meta.get("facts", ""), {key.removeprefix("mask/"): t for key, t in tensors.items()})
 
 # %% ../nbs/method/06b_masks.ipynb #ec54aa55
 def consensus_merge(

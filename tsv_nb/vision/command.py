@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['image_options', 'world_options', 'open_world', 'run_eval', 'eval_command', 'tsv_eval']
 
-# %% ../../nbs/vision/24g_command.ipynb #ba795369
+# %% ../../nbs/vision/24g_command.ipynb #3a800708
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from fastcore.meta import delegates
-from fastcore.script import anno_parser
 from tqdm.auto import tqdm
 
 from .evaluate import World, load_world
 from .glyphs import GLYPH_TASKS
-from .protocol import _words_of
+from .protocol import command_options
 from .records import Records
 from .suite import check_request, evaluate_suite, results_path, suite_table
 
@@ -111,7 +110,7 @@ def run_eval(
     results = evaluate_suite(world, **asked, out=out, progress=progress, force=force)
     return results, results_path(results, out)
 
-# %% ../../nbs/vision/24g_command.ipynb #26b4b7e6
+# %% ../../nbs/vision/24g_command.ipynb #77b2e15a
 @delegates(run_eval, but=["progress"])
 def eval_command(
     per_task: bool = False, # also print a table by task
@@ -130,9 +129,7 @@ def tsv_eval(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
 ) -> None: # `SystemExit` with a message, or with 130 after Ctrl-C
     "The console command."
-    parser = anno_parser(eval_command, "tsv_eval")
-    argv = _words_of(sys.argv[1:] if argv is None else argv, "--per-task" in parser.format_help())
-    options = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("pdb", "xtra")}
+    options = command_options(eval_command, "tsv_eval", argv)
     try: text = eval_command(**options)
     except KeyboardInterrupt:
         tqdm.write(f"\ntsv_eval: stopped. What is known is in {Path(options['out']) / 'records.jsonl'}; the same command{', without --force,' * options['force']} goes on from there.", file=sys.stderr)

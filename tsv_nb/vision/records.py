@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['fact_digest', 'data_digest', 'code_digest', 'Records', 'write_json']
 
-# %% ../../nbs/vision/24b_records.ipynb #15887cd0
+# %% ../../nbs/vision/24b_records.ipynb #4d40bd24
 import ast
 import functools
 import hashlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from ..compress import written_whole
 from .finetune import state_digest
 
 # %% ../../nbs/vision/24b_records.ipynb #4ce6e0fa
@@ -146,17 +146,11 @@ def add(
     self.known[key] = record
     return record
 
-# %% ../../nbs/vision/24b_records.ipynb #0c626c24
+# %% ../../nbs/vision/24b_records.ipynb #05635eca
 def write_json(
     path: str | Path, # where; its folder is created
     content: Mapping, # what to write
 ) -> Path: # the path written
     "Write a JSON file under a temporary name, then rename it."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        tmp.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-    return path
+    with written_whole(path) as tmp: tmp.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return Path(path)

@@ -52,7 +52,7 @@ def learning_rate(
     if step < warmup: return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
-# %% ../../nbs/vision/23b_training.ipynb #dba07d94
+# %% ../../nbs/vision/23b_training.ipynb #44385045
 def make_accelerator(
     mixed_precision: str | None = None, # "no", "fp16" or "bf16"; None: what `accelerate launch` was told, else "no"
     log_dir: str | Path | None = None, # folder for TensorBoard; None: no log
