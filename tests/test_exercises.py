@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "nbs/method").glob("*.ipynb"))
-OPEN, CLOSE = '<details class="solution"><summary>Solution</summary>', "</details>"
-FOLD, HIDDEN = ['#| code-fold: true', '#| code-summary: "Solution"'], {"outputs_hidden": True, "source_hidden": True}
+OPEN, CLOSE = '<details class="solution"><summary>Solution</summary>\n\n**Answer.** ', '</details>'
+FOLD, HIDDEN = ['#| code-summary: "Solution"', '#| code-fold: true'], {"outputs_hidden": True, "source_hidden": True}
 
 
 def text(cell): return "".join(cell["source"])
@@ -124,7 +124,7 @@ def test_marks_survive_cleaning_and_processing(tmp_path):
 import sys; from pathlib import Path; from execnb.nbio import read_nb, write_nb; from nbdev.clean import _nbdev_clean; from nbdev.processors import FilterDefaults
 for p in sys.argv[2:]:
     nb = read_nb(p); _nbdev_clean(nb); write_nb(nb, Path(sys.argv[1])/('clean-' + Path(p).name))
-    write_nb(FilterDefaults()(read_nb(p)), Path(sys.argv[1])/('site-' + Path(p).name))
+    FilterDefaults()(nb := read_nb(p)); write_nb(nb, Path(sys.argv[1])/('site-' + Path(p).name))
 """
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path), *map(str, PAGES)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stderr[-2000:]
