@@ -321,9 +321,13 @@ def check_figures(pages):
 
 # Stored outputs
 
-BAR = re.compile(r"\d+%\|.*?\|\s*[\d.]+\w*/[\d.?]+\w*\s*\[")
+BAR = re.compile(r"\d+%\|.*?\|\s*[\d.]+\w*/[\d.?]+\w*\s*\[|\b\d+\w*\s\[\d\d:\d\d[,<]")
+BARE = re.compile(r"<[\w.]+( object)?(\(op=[^)]*\))?( at 0x[0-9a-f]+)?>\Z") # what Python shows for a value that nobody wants to see
 MACHINE = re.compile(r"(?<![\w.~])/(?:home|root|tmp|work|Users|private|var|usr|opt|mnt|content|kaggle)/[\w.-]*|\b[A-Za-z]:\\+\w+|[\w./]*(?:site|dist)-packages\b")
 WARNING = re.compile(r"\b\w*Warning\b|\bdeprecated\b|^Traceback \(most recent call last\)", re.M)
+
+
+HIDDEN = re.compile(r"^#\|\s*(hide|output:\s*false|include:\s*false)\b", re.M)
 
 
 def output_text(output):
@@ -366,9 +370,10 @@ def check_outputs(pages):
                 if output["output_type"] == "error": wrong.append(f"{place}: an error is stored: {output.get('ename')}")
                 elif is_bar(output): wrong.append(f"{place}: a progress bar is stored; tools/run_notebooks.py leaves it out")
                 elif found := WARNING.search(text): wrong.append(f"{place}: a warning is stored: {found[0]}")
+                elif output["output_type"] == "execute_result" and BARE.match(text.strip()) and not HIDDEN.search(cell.source): wrong.append(f"{place}: {text.strip()} is stored: end the cell with a semicolon")
                 if found := MACHINE.search(text): wrong.append(f"{place}: a path of somebody's machine is stored: {found[0]}")
-            hidden = re.search(r"^#\|\s*(hide|output:\s*false|include:\s*false)\b", cell.source, re.M)
-            if not (cell.outputs or hidden or skipped(cell.source)) and makes_output(cell.source): wrong.append(f"{place}: its output is not stored: run the notebook")
+            if re.search(r"^\s*expect_fail\(", cell.source, re.M): wrong.append(f"{place}: expect_fail without `with` tests nothing")
+            if not (cell.outputs or HIDDEN.search(cell.source) or skipped(cell.source)) and makes_output(cell.source): wrong.append(f"{place}: its output is not stored: run the notebook")
     return wrong
 
 
