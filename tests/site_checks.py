@@ -370,9 +370,9 @@ def check_outputs(pages):
                 if output["output_type"] == "error": wrong.append(f"{place}: an error is stored: {output.get('ename')}")
                 elif is_bar(output): wrong.append(f"{place}: a progress bar is stored; tools/run_notebooks.py leaves it out")
                 elif found := WARNING.search(text): wrong.append(f"{place}: a warning is stored: {found[0]}")
-                elif output["output_type"] == "execute_result" and BARE.match(text.strip()) and not HIDDEN.search(cell.source): wrong.append(f"{place}: {text.strip()} is stored: end the cell with a semicolon")
+                elif output["output_type"] == "execute_result" and BARE.match(text.strip()) and not any(k.startswith("image/") for k in output["data"]) and not HIDDEN.search(cell.source): wrong.append(f"{place}: {text.strip()} is stored: end the cell with a semicolon")
                 if found := MACHINE.search(text): wrong.append(f"{place}: a path of somebody's machine is stored: {found[0]}")
-            if re.search(r"^\s*expect_fail\(", cell.source, re.M): wrong.append(f"{place}: expect_fail without `with` tests nothing")
+            if re.search(r"^expect_fail\(", cell.source, re.M): wrong.append(f"{place}: expect_fail without `with` tests nothing")
             if not (cell.outputs or HIDDEN.search(cell.source) or skipped(cell.source)) and makes_output(cell.source): wrong.append(f"{place}: its output is not stored: run the notebook")
     return wrong
 

@@ -30,6 +30,7 @@ EXCEPTIONS = { # span: why the rule cannot know it
     "vision_model": "the image tower in Hugging Face's CLIP",
     "CLIPModel": "a class of transformers, which the page does not import",
     "model.token_embedding.weight": "a tensor in the paper's checkpoints",
+    "nonlinear_zeroshot": "the name of a file of the paper's checkpoints, without its ending",
     "neutral": "a class of FER2013",
     "random_split": "a function of torch, in the published code",
     "lawn_mower": "a folder of a data set",
@@ -42,11 +43,11 @@ def words_of(code):
     "Every identifier and every word of a literal in Python code."
     try: tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M))
     except SyntaxError: return set(re.findall(r"\w+", code))
-    found = set()
+    found, said = set(), {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)} # docstrings make no name known
     for node in ast.walk(tree):
         for field in ("id", "attr", "arg", "name", "asname", "module"):
             if isinstance(value := getattr(node, field, None), str): found |= {value, *value.split(".")}
-        if isinstance(node, ast.Constant) and isinstance(node.value, str): found |= {node.value, *re.findall(r"[\w.-]+", node.value), *re.findall(r"\w+", node.value)}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said: found |= {node.value} if " " in node.value else {node.value, *re.findall(r"[\w.-]+|\w+", node.value), *re.findall(r"\w+", node.value)}
         if isinstance(node, ast.Global): found |= set(node.names)
     return found
 
@@ -54,7 +55,7 @@ def words_of(code):
 class Package:
     "What can be said about the package without asking a page."
     def __init__(self, root=ROOT):
-        self.root, self.words, self.callables, self.modules = root, set(), {}, set()
+        self.root, self.words, self.callables, self.modules, self.patched = root, set(), {}, set(), {}
         for path in sorted((root / "tsv_nb").rglob("*.py")):
             text = path.read_text(encoding="utf-8")
             name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -71,6 +72,8 @@ class Package:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             self.words.add(node.name)
             self.callables.setdefault(node.name, []).append(node)
+            if isinstance(node, ast.FunctionDef) and any("patch" in ast.unparse(d) for d in node.decorator_list) and node.args.args: # a method, defined outside its class
+                self.patched.setdefault(ast.unparse(node.args.args[0].annotation), set()).add(node.name)
             for inner in ast.walk(node):
                 if isinstance(inner, ast.arg): self.words.add(inner.arg)
                 elif isinstance(inner, ast.FunctionDef) and isinstance(node, ast.ClassDef):
@@ -78,7 +81,7 @@ class Package:
                 elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name): self.words.add(inner.target.id)
                 elif isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store): self.words.add(inner.attr)
                 elif isinstance(inner, ast.keyword) and inner.arg: self.words.add(inner.arg)
-                elif isinstance(inner, ast.Constant) and isinstance(inner.value, str) and len(inner.value) < 60: self.words |= {inner.value, *inner.value.split()}
+                elif isinstance(inner, ast.Constant) and isinstance(inner.value, str) and re.fullmatch(r"[\w.-]+", inner.value): self.words.add(inner.value)
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.Import, ast.ImportFrom, ast.Try, ast.If)): self.words |= words_of(ast.unparse(node))
 
     def accepts(self, name, call):
@@ -175,7 +178,7 @@ def span_error(span, words, package, page_text=""):
     if is_command(span, package):
         try: return command_error(shlex.split(span), package, page_text)
         except ValueError: return False
-    if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)+/?", span): # a path; of somebody else's tree, if its first folder is none of ours
+    if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)+/?|[\w.-]+/", span): # a path; of somebody else's tree, if its first folder is none of ours
         if span.split("/")[0] not in FOLDERS: return False
         return None if (package.root / span).exists() else "no such file in the repository"
     if re.fullmatch(r"[\w-]+\.(?:py|pt|json|jsonl|md|csv|mat|gif|png|safetensors|ini|yml|toml|ipynb|sh)|\w+(?:-[\w.]+)+", span): return False # a file, a network
@@ -198,7 +201,7 @@ def span_error(span, words, package, page_text=""):
                     continue
             if wrong := [p for p in (head, *rest) if p not in known]: return f"{wrong[0]!r} is known neither to the package nor to this page"
             if rest and head in package.callables and any(isinstance(n, ast.ClassDef) for n in package.callables[head]):
-                members = {m for n in package.callables[head] if isinstance(n, ast.ClassDef) for m in members_of(n)}
+                members = {m for n in package.callables[head] if isinstance(n, ast.ClassDef) for m in members_of(n)} | package.patched.get(head, set())
                 bases = any(n.bases for n in package.callables[head] if isinstance(n, ast.ClassDef))
                 if rest[0] not in members and not bases: return f"{head} has no {rest[0]!r}"
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value:
@@ -333,7 +336,8 @@ def check_notation(page, sizes=SIZES):
     rows, wrong, package = table_rows(page), [], Package()
     if not rows: return 0, [f"{page.name}: no table with the columns symbol, code, shape, meaning"]
     for size in sizes:
-        objects = notation_objects(*size)
+        try: objects = notation_objects(*size)
+        except (ValueError, TypeError, RuntimeError) as error: wrong.append(f"{page.name}: the library does not fit the table: {error}"); continue
         factors = dict(zip(("U", "S", "V"), objects["U, S, Vh"]))
         for symbol, code, shape, meaning in rows:
             name = code.strip("`")
