@@ -89,13 +89,15 @@ def write_report(
     "Write report.json and its three figures."
     import matplotlib.pyplot as plt
 
-    from tsv_nb.explore.plots import accuracy_bars, accuracy_radar, interference_by_depth
+    from tsv_nb.explore.plots import STYLE, accuracy_bars, accuracy_radar, interference_by_depth
     with written_whole(out / "report.json") as partial: partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
     few = {m: report["scores"][m] for m in ("zero-shot", "Task Arithmetic", "TSV-M", "fine-tuned")}
-    figures = {"accuracy.png": accuracy_bars(report["scores"]), "tasks.png": accuracy_radar(few), "interference.png": interference_by_depth(report["interference"])}
-    for name, ax in figures.items():
-        ax.figure.savefig(out / name, dpi=150)
-        plt.close(ax.figure)
+    figures = {"accuracy.png": (accuracy_bars, report["scores"]), "tasks.png": (accuracy_radar, few), "interference.png": (interference_by_depth, report["interference"])}
+    with plt.rc_context(STYLE):
+        for name, (draw, numbers) in figures.items():
+            ax = draw(numbers)
+            ax.figure.savefig(out / name, dpi=150)
+            plt.close(ax.figure)
     return [out / "report.json", *(out / name for name in figures)]
 
 # %% ../nbs/cli.ipynb #09502256
