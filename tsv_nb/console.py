@@ -45,10 +45,12 @@ def _guess(option: str, known: Sequence[str]) -> str:
 class _Parser(argparse.ArgumentParser):
     "A parser that answers in sentences."
     def error(self, message):
+        "End with a message."
         text = message.removeprefix("argument ") + ("" if message.endswith("?") else ".")
         self.exit(2, fit(f"{self.prog}: {text} {self.prog} --help shows the options.") + "\n")
 
     def parse_args(self, args=None, namespace=None):
+        "The values of all options; names are checked first."
         known = list(self._option_string_actions)
         for option in (a.split("=")[0] for a in args if re.match("--?[A-Za-z]", a)): # a negative number is no option
             if option not in known: self.error(f"unknown option {option}{_guess(option, known)}")
@@ -69,7 +71,7 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: type, default: object
     "Add a parameter to a parser; how the line of usage shows it, if it is an argument without a name."
     kind = next((k for k in get_args(kind) if k is not type(None)), kind) # int of `int | None`
     word, comment = name.replace("_", "-"), comment or ""
-    if kind is not bool and default not in (inspect.Parameter.empty, None, "") and "default" not in comment: comment += f" (default: {default})"
+    if kind is not bool and default not in (inspect.Parameter.empty, None, "") and "(default" not in comment: comment += f" (default: {default:g})" if kind is float else f" (default: {default})"
     comment = comment.strip().replace("%", "%%") # argparse fills in values at %
     metavar = {int: "N", float: "X"}.get(kind, word.split("-")[-1].upper())
     value = dict(type=_number(kind) if kind in (int, float) else str, metavar=metavar, help=comment)
