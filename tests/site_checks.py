@@ -162,6 +162,7 @@ def links(text):
     "The targets of all links and pictures, also of reference definitions and of HTML."
     plain = prose(text)
     found = [m[1] if m[1] is not None else m[2] for m in TARGET.finditer(plain)]
+    found += re.findall(r"^\s*-?\s*href: (\S+)$", text, re.M) if text.startswith("---\n") else []
     found += re.findall(r"^\[[^\]]+\]:\s*(\S+)", plain, re.M) + re.findall(r"<(https?://[^>\s]+)>", plain)
     return found
 
@@ -170,6 +171,7 @@ def broken_link(target, page, pages, folder, root=ROOT):
     "What is wrong with the target of a link on a page, or None."
     parts = urlsplit(target)
     if not target: return "an empty target"
+    if target.startswith(f"{SITE}/notebooks/"): return None if target.removeprefix(f"{SITE}/notebooks/") in pages else "no such notebook to download"
     if target.startswith(SITE): target, page = target.removeprefix(SITE).lstrip("/") or "index.html", Page("index.ipynb", page.cells, {})
     elif found := REPOSITORY.match(target):
         path = root / unquote(found[1])
@@ -194,7 +196,8 @@ def broken_link(target, page, pages, folder, root=ROOT):
 def check_links(pages, folder, root=ROOT):
     wrong = []
     for page in pages.values():
-        for place, text in page.markdown():
+        block = [(f"{page.name}, title block", c.source) for c in page.cells[:1] if c.kind == "raw"] # links to Colab and the like
+        for place, text in [*page.markdown(), *block]:
             plain = prose(text)
             wrong += [f"{place}: {target}: {why}" for target in links(text) if (why := broken_link(target, page, pages, folder, root))]
             wrong += [f"{place}: {bad}: a link with a blank in it" for bad in re.findall(r"\]\([^()\"'\n]*\s[^()\"'\n]+\)|\]\s+\((?:https?:|[\w/]+\.ipynb)[^)]*\)", plain) if not TARGET.match(bad)]
@@ -377,16 +380,19 @@ def check_outputs(pages):
     return wrong
 
 
-# The first cell, and running times
+# What gets lost, and running times
 
-def check_first_cells(pages):
-    "nbdev makes the title block from the cell of the H1 and drops the rest of that cell: only the title and a summary of one line may be in it."
+def spoken(text): return re.sub(r"\W+", " ", re.sub(r"\]\([^)]*\)|\{[^{}\n]*#[^{}\n]*\}", "", text))
+
+
+def check_nothing_lost(sources, pages):
+    "nbdev makes the title block from the cell of the H1 and drops the rest of that cell: every line of it must have come through."
     wrong = []
-    for page in pages.values():
-        first = next((c.source for c in page.cells if c.kind == "markdown" and re.search(r"^#\s", c.source, re.M)), "")
-        lines = [line for line in first.splitlines() if line.strip()]
-        if lost := [line for i, line in enumerate(lines) if not (line.startswith("# ") and i == 0 or line.startswith("> ") and i == 1)]:
-            wrong.append(f"{page.name}: the site would not show {lost[0][:60]!r}: begin a new cell after the summary")
+    for name, source in sources.items():
+        first = next((c.source for c in source.cells if c.kind == "markdown" and re.search(r"^#\s", c.source, re.M)), "")
+        kept = spoken("\n".join(text for _, text in pages[name].markdown())) if name in pages else ""
+        lost = [line for line in first.splitlines() if spoken(line).strip() and spoken(line).strip() not in kept]
+        if lost: wrong.append(f"{name}: the site does not show {lost[0][:60]!r}: begin a new cell after the summary")
     return wrong
 
 
@@ -439,7 +445,7 @@ def main(argv):
         texts = [(page, text) for page in pages.values() for _, text in page.markdown()]
         code = [c for page in pages.values() for c in page.cells if c.kind == "code"]
         counts = [
-            (len(sources), "pages in the sidebar", check_sidebar(sources, (ROOT / "_quarto.yml").read_text(encoding="utf-8")) + check_first_cells(sources)),
+            (len(sources), "pages in the sidebar", check_sidebar(sources, (ROOT / "_quarto.yml").read_text(encoding="utf-8")) + check_nothing_lost(sources, pages)),
             (sum(len(links(t)) for _, t in texts), "links", check_links(pages, proc) + check_readme()),
             (sum(len(anchors(p)) for p in pages.values()), "anchors", []),
             (sum(len(references(t)) for _, t in texts), "cross-references and citations", check_references(pages, proc)),
