@@ -421,10 +421,19 @@ def check_times(pages, record):
     return wrong + [f"nbs/running_times.json: {name} is no page" for name in record if name not in pages]
 
 
+def named_pages(config):
+    "Every page that a part of _quarto.yml names, at whatever depth."
+    if isinstance(config, str): return [config] if re.fullmatch(r"[\w/.-]+\.(?:ipynb|qmd)", config) else []
+    return [name for part in (config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()) for name in named_pages(part)]
+
+
 def check_sidebar(pages, config):
-    "Every page is in the sidebar once, and the sidebar lists no other."
-    listed = re.findall(r"(?:-|href:|file:)\s+([\w/.-]+\.(?:ipynb|qmd))", config)
-    return [f"{name} is not in the sidebar of _quarto.yml" for name in pages if name not in listed] + [f"_quarto.yml lists {name}, which is no page" for name in listed if name not in pages]
+    "Every page is in the sidebar once; the sidebar and everything else of the site's frame lead to pages."
+    website = yaml.safe_load(config)["website"]
+    listed = named_pages(website["sidebar"])
+    wrong = [f"{name} is not in the sidebar of _quarto.yml" for name in pages if name not in listed]
+    wrong += [f"{name} is in the sidebar of _quarto.yml {listed.count(name)} times" for name in dict.fromkeys(listed) if listed.count(name) > 1]
+    return wrong + [f"_quarto.yml names {name}, which is no page" for name in dict.fromkeys(named_pages(website)) if name not in pages]
 
 
 def read_record(path=ROOT / "nbs" / "running_times.json"): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
