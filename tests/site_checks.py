@@ -439,7 +439,7 @@ def check_sidebar(pages, config):
 def read_record(path=ROOT / "nbs" / "running_times.json"): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def main(argv):
+def main():
     import tempfile
 
     from platformdirs import user_cache_dir
@@ -471,4 +471,4 @@ def main(argv):
     return bool(wrong)
 
 
-if __name__ == "__main__": sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__": sys.exit(main())

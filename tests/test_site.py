@@ -25,7 +25,7 @@ def sources(): return site.read_pages(ROOT / "nbs")
 
 
 @pytest.fixture(scope="session")
-def processed(tmp_path_factory, worker_id="master"):
+def processed(tmp_path_factory):
     "(folder, pages, what was printed): processed once, by whichever process of pytest-xdist comes first."
     from filelock import FileLock
     shared = tmp_path_factory.getbasetemp()
