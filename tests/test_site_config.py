@@ -39,7 +39,7 @@ def prose(path):
     "Text of a notebook as Quarto sees it, without code and maths; markdown that a cell has printed counts, too."
     parts = [source(c) for c in cells(path) if c["cell_type"] == "markdown"]
     parts += ["".join(o["data"]["text/markdown"]) for c in cells(path) if c["cell_type"] == "code" for o in c["outputs"] if "text/markdown" in o.get("data", {})]
-    text = re.sub(r"^```.*?^```", "", "\n".join(parts), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```|^ {4}(?! *- )[^\n]*$", "", "\n".join(parts), flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"(\$\$.*?\$\$)|`[^`\n]*`|<code>.*?</code>|(?<!\\)\$[^$\n]+\$", lambda m: "$$ $$" if m[1] else "", text, flags=re.DOTALL)
 
 
@@ -102,9 +102,9 @@ def test_configuration_agrees_with_settings(processed):
 
 
 def reading_order(page):
-    "Number and letters of a page."
-    number, letters = re.match(r"(\d*)(.*)", page.rpartition("/")[2]).groups()
-    return int(number or 0), letters
+    "Number and letters of a page: 22b, 22b2, 22c."
+    number, letters, more = re.match(r"(\d+)([a-z]*)(\d*)_|", page.rpartition("/")[2]).groups()
+    return int(number or 0), letters or "", int(more or 0)
 
 
 def test_sidebar_in_reading_order():
