@@ -1,5 +1,6 @@
 """The site without Quarto: its configuration, the processed notebooks, citations and labels, the API index, and the workflow that publishes it."""
 import ast
+import html
 import importlib
 import inspect
 import json
@@ -84,12 +85,12 @@ KNOWN = {"project": {"type", "output-dir", "preview", "render", "resources", "pr
 
 def test_only_keys_that_quarto_knows():
     "Quarto refuses a closed object with another key, and says so only when it renders."
-    website, html = SITE["website"], SITE["format"]["html"]
+    website, pages = SITE["website"], SITE["format"]["html"]
     assert set(SITE) == {"project", "lang", "bibliography", "link-citations", "crossref", "format", "website"}
-    for name, used in dict(project=SITE["project"], website=website, crossref=SITE["crossref"], search=website["search"], navbar=website["navbar"], sidebar=website["sidebar"], html=html).items():
+    for name, used in dict(project=SITE["project"], website=website, crossref=SITE["crossref"], search=website["search"], navbar=website["navbar"], sidebar=website["sidebar"], html=pages).items():
         assert set(used) <= KNOWN[name], (name, set(used) - KNOWN[name])
     for item in website["navbar"]["left"] + website["navbar"]["right"]: assert set(item) <= KNOWN["item"] and (item["href"].startswith("https://") or item["href"] in PAGES), item
-    assert set(html["code-tools"]) <= KNOWN["code-tools"] and set(html["theme"]) == {"light", "dark"} and html["html-math-method"] == "katex" and html["code-copy"] is True
+    assert set(pages["code-tools"]) <= KNOWN["code-tools"] and set(pages["theme"]) == {"light", "dark"} and pages["html-math-method"] == "katex" and pages["code-copy"] is True
     assert set(website["repo-actions"]) == {"source", "issue"} and website["page-navigation"] is True and SITE["lang"] == "en"
 
 
@@ -274,17 +275,18 @@ def exported():
 
 
 def test_api_index_is_complete():
-    text = re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), stored_index()).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    text = html.unescape(stored_index())
     modules = dict(exported())
     assert set(re.findall(r"^### (\S+)$", text, re.MULTILINE)) == set(modules)
-    ids = re.findall(r'<details id="([^"]+)">', text)
+    ids = re.findall(r'<span id="([^"]+)"></span>', text)
     assert len(set(ids)) == len(ids) == sum(map(len, modules.values())) and set(ids) == set(re.findall(r"\]\(#([^)]+)\)", text))
     for name, public in modules.items():
         module = importlib.import_module(name)
         section = re.search(rf"^### {re.escape(name)}$(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)[1]
         assert re.search(r"Page: \[\w+\]\(\S+\.ipynb\)", section), name
         for o in public:
-            obj, block = getattr(module, o), re.search(rf'<details id="[^"]*-{o}">(.*?)</details>', section, re.DOTALL)[1]
+            obj, (head, block) = getattr(module, o), re.search(rf'<details><summary><code>((?:(?!</code>).)*)</code></summary>\s*<span id="[^"]*-{o}"></span>(.*?)</details>', section, re.DOTALL).groups()
+            assert re.match(rf"{o}(\(|$)", head), f"{name}.{o}"
             if inspect.isfunction(obj) or inspect.isclass(obj): assert " ".join((inspect.getdoc(obj) or "?").splitlines()[0].split()) in block, f"{name}.{o}"
             if inspect.isfunction(obj): assert not [p for p in inspect.signature(obj).parameters if f"<code>{p}</code>" not in block], f"{name}.{o}"
     for path in re.findall(r"\]\((\.\./\S+\.ipynb)\)", text): assert (API.parent / path).exists(), path
