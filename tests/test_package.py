@@ -157,25 +157,3 @@ def test_readme_has_exactly_two_commands():
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     commands = [line for block in blocks for line in block.strip().splitlines()]
     assert len(commands) == 2 and "tsv_demo" in commands[0] and "'.[dev]'" in commands[1] and "/pytest " in commands[1]
-
-
-def test_every_notebook_is_in_the_sidebar():
-    listed = set(re.findall(r"- ([\w/]+\.ipynb)", (ROOT / "_quarto.yml").read_text()))
-    there = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
-    assert listed == there
-
-
-def test_links_between_pages_lead_somewhere():
-    broken = []
-    for page in (ROOT / "nbs").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" in page.parts: continue
-        text = "".join("".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
-        targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if not t.startswith(("http", "#", "attachment"))]
-        broken += [(page.name, t) for t in targets if not (page.parent / t).exists()]
-    assert not broken
-
-
-def test_the_site_can_be_processed():
-    "What nbdev_docs does before Quarto: a cell that mixes imports and other code breaks it."
-    out = run(sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(force=True)", cwd=ROOT)
-    assert out.returncode == 0 and "imports and other code" not in out.stderr, out.stderr[-2000:]

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from fastcore.script import anno_parser
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors import safe_open
@@ -499,9 +498,8 @@ def test_no_fp16_without_a_gpu(fresh_accelerator, capsys, tmp_path):
 
 def test_ctrl_c(monkeypatch, capsys, tmp_path):
     from tsv_nb.vision import protocol
-    def interrupt(**options): raise KeyboardInterrupt
-    monkeypatch.setattr(protocol, "run_finetune", interrupt)
-    monkeypatch.setattr(protocol, "anno_parser", lambda f, prog: anno_parser(run_finetune, prog))
+    def interrupt(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(protocol, "open_base", interrupt)
     for expected in "since there is no checkpoint yet", "The same command goes on from the last checkpoint.":
         with pytest.raises(SystemExit) as e: tsv_finetune(["--model", "glyph", "--out", str(tmp_path)])
         out, err = capsys.readouterr()

@@ -7,6 +7,7 @@ __all__ = ['StateDictKeyError', 'check_same_keys', 'check_finite', 'check_alike'
            'check_state_dict', 'check_vector', 'check_rank']
 
 # %% ../nbs/method/00a_checks.ipynb #9d5dbb47
+import difflib
 from collections.abc import Mapping
 
 import torch
@@ -64,9 +65,11 @@ def check_option(
     name: str, # how the message calls the option
     value: object, # what was passed
     known, # the allowed values
-) -> None: # raises `ValueError`, listing the known values
-    "Raise if `value` is not one of the `known` values of an option."
-    if value not in known: raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(repr, known))}.")
+) -> None: # raises `ValueError`, with the known values
+    "Raise if `value` is not one of the `known` values of an option, with a suggestion if one looks like it."
+    if value in known: return
+    close = difflib.get_close_matches(str(value), [k for k in known if isinstance(k, str)], 1)
+    raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(repr, known))}." + (f" Did you mean {close[0]!r}?" if close else ""))
 
 # %% ../nbs/method/00a_checks.ipynb #9792fe9b
 def check_state_dict(

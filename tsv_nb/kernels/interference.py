@@ -140,7 +140,7 @@ def _op_fake(U: Tensor, S: Tensor, Vh: Tensor, precision: str, route: str) -> Te
     return U.new_empty(U.shape[:-3], dtype=torch.promote_types(U.dtype, torch.float32))
 
 
-define_operator("interference_score(Tensor U, Tensor S, Tensor Vh, str precision, str route) -> Tensor", _op_cpu, _op_cuda, _op_fake)
+_score_op = define_operator("interference_score(Tensor U, Tensor S, Tensor Vh, str precision, str route) -> Tensor", _op_cpu, _op_cuda, _op_fake)
 
 # %% ../../nbs/kernels/12_interference.ipynb #d2b7fd18
 def _check_factors(U: Tensor, S: Tensor, Vh: Tensor) -> None:
@@ -164,4 +164,4 @@ def interference_score(
     check_option("precision", precision, (None, *PRECISIONS))
     check_option("route", route, (None, *ROUTES))
     _check_factors(U, S, Vh)
-    return torch.ops.tsv_nb.interference_score(U.detach(), S.detach(), Vh.detach(), precision or "", route or "")
+    return _score_op(U.detach(), S.detach(), Vh.detach(), precision or "", route or "")

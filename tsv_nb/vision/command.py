@@ -6,17 +6,16 @@
 __all__ = ['image_options', 'world_options', 'open_world', 'run_eval', 'eval_command', 'tsv_eval']
 
 # %% ../../nbs/vision/24g_command.ipynb #3a800708
-import sys
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from fastcore.meta import delegates
-from tqdm.auto import tqdm
 
+from ..console import run_command
 from .evaluate import World, load_world
 from .glyphs import GLYPH_TASKS
-from .protocol import command_options
 from .records import Records
 from .suite import check_request, evaluate_suite, results_path, suite_table
 
@@ -53,11 +52,17 @@ def _list(text: str | None, kind: type, what: str) -> list | None:
     except ValueError as e: raise ValueError(f"{what} must be {'whole ' * (kind is int)}numbers with commas between them, got {text!r}.") from e
 
 
+_DEVICES = dict(cpu="cpu", cuda="cuda", gpu="cuda", mps="mps", xpu="xpu") # what people write -> what torch calls it
+
+
 def _check_machine(device: str, batch: int, workers: int) -> None:
     "Raise `ValueError` for a device that cannot be used, and for sizes that make no sense."
     if batch < 1 or workers < 0: raise ValueError(f"batch must be at least 1 and workers at least 0, got {batch} and {workers}.")
     try: torch.zeros(1, device=device).item() # some devices, such as meta, hold no numbers
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, AssertionError) as e:
+        close = [] if (kind := device.split(":")[0]) in _DEVICES.values() else difflib.get_close_matches(kind, _DEVICES, 1)
+        hint = f"did you mean {_DEVICES[close[0]]!r}?" if close else str(e).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {hint}") from e
 
 
 def open_world(
@@ -91,7 +96,7 @@ def _alpha(text: str) -> str | float:
 def run_eval(
     model: str = "glyph", # the offline world, or an open_clip architecture such as ViT-B-32
     tasks: str = "8", # how many of the first (the paper: 8, 14, 20), or names with commas
-    methods: str = "all", # names with commas
+    methods: str = "all", # names with commas, such as task_arithmetic,tsv; a wrong name lists all
     alpha: str = "validation", # scale of merged vectors: chosen on validation images, default (each method's own), or a number, for all but weight_average (always its own) and tall_masks (then lambda is .4)
     points: int = 30, # scales to try, in equal steps up to each method's own limit
     grid: str = None, # instead: scales to try, with commas
@@ -111,14 +116,21 @@ def run_eval(
     return results, results_path(results, out)
 
 # %% ../../nbs/vision/24g_command.ipynb #77b2e15a
+def _stopped(options: dict) -> str:
+    "What happens to the work after Ctrl-C."
+    again = ", without --force," if options["force"] else ""
+    return f"What is known is in {Path(options['out']) / 'records.jsonl'}; the same command{again} goes on from there."
+
+
 @delegates(run_eval, but=["progress"])
 def eval_command(
     per_task: bool = False, # also print a table by task
-    quiet: bool = False, # print nothing
+    quiet: bool = False, # print nothing, show no progress
     **kwargs
 ) -> str: # what to print
-    "Evaluate merging methods, masks and compression. Example: tsv_eval --tasks 8 --points 10. It goes on where it was stopped."
-    results, path = run_eval(progress=not quiet, **kwargs)
+    "Evaluate merging methods, masks and compression; goes on where it was stopped. Example: tsv_eval --tasks 8 --points 10"
+    try: results, path = run_eval(progress=not quiet, **kwargs)
+    except torch.cuda.OutOfMemoryError as e: raise ValueError(f"{kwargs.get('device')} has too little memory; lower --batch, which is {kwargs.get('batch')}. ({str(e).splitlines()[0]})") from e
     if quiet: return ""
     chosen = {"validation": "chosen on validation images by mean normalized accuracy", "default": "each method's own"}.get(results["options"]["alpha"], "as given")
     notes = f"Test images. Scale: {chosen}.\nSeconds: preparation, validation and test, when they were computed."
@@ -129,13 +141,4 @@ def tsv_eval(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
 ) -> None: # `SystemExit` with a message, or with 130 after Ctrl-C
     "The console command."
-    options = command_options(eval_command, "tsv_eval", argv)
-    try: text = eval_command(**options)
-    except KeyboardInterrupt:
-        tqdm.write(f"\ntsv_eval: stopped. What is known is in {Path(options['out']) / 'records.jsonl'}; the same command{', without --force,' * options['force']} goes on from there.", file=sys.stderr)
-        raise SystemExit(130) from None
-    except torch.cuda.OutOfMemoryError as e: raise SystemExit(f"tsv_eval: {options['device']} has too little memory; lower --batch, which is {options['batch']}. ({str(e).splitlines()[0]})") from e
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as e:
-        message = str(e).strip().splitlines()[-1] if "Traceback" in str(e) else str(e) # of a loading process
-        raise SystemExit(f"tsv_eval: {message}") from e
-    if text: tqdm.write(text)
+    run_command(eval_command, "tsv_eval", argv, _stopped)
