@@ -62,12 +62,11 @@ def without_bars(outputs):
 def widget_state(cells, state, page):
     "The models that the stored views of a page need, and new names for them: the same in every run."
     todo = [o["data"][WIDGET]["model_id"] for c in cells for o in c.get("outputs", []) if WIDGET in o.get("data", {})]
-    needed = set()
+    kept = {} # from the views inwards: the order of the state is that of random names
     while todo:
-        if (model := todo.pop()) in needed or model not in state: continue
-        needed.add(model)
-        todo += re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[model]))
-    kept = {m: state[m] for m in state if m in needed}
+        if (model := todo.pop(0)) in kept or model not in state: continue
+        kept[model] = state[model]
+        todo += re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[model], sort_keys=True))
     return kept, {old: hashlib.sha256(f"{page} {i}".encode()).hexdigest()[:32] for i, old in enumerate(kept)}
 
 
