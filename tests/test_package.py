@@ -102,6 +102,10 @@ print(json.dumps(dict(where=tsv_nb.__file__, fastcore=fastcore.__version__, fast
     facts = json.loads(out.stdout.splitlines()[-1])
     assert facts["where"].startswith(site) and facts["fastcore_at"].startswith(site)
     assert facts["merged"] == [20, 12] and facts["back"] == ["w", "b"] and facts["tower"] > 10
+    command = "import sys; from tsv_nb.vision.command import tsv_eval; sys.argv[0] = 'tsv_eval'; tsv_eval()"
+    shown, wrong = (run(python, "-c", command, *argv, cwd=tmp_path) for argv in (["--help"], ["--task", "3"]))
+    assert shown.returncode == 0 and "--per-task" in shown.stdout and "where images are encoded (default: cpu)" in shown.stdout and "Example: tsv_eval" in shown.stdout
+    assert wrong.returncode == 2 and "unknown option --task; did you mean --tasks?" in wrong.stderr
     print("newest fastcore:", facts["fastcore"])
 
 
