@@ -113,7 +113,7 @@ def test_settings_are_the_single_source():
         if line.strip():
             module, function = line.split("=")[1].strip().split(":")
             assert callable(getattr(importlib.import_module(module), function))
-    for extra in ("dev", "ray", "data", "course"): assert shlex.split(cfg[f"{extra}_requirements"])
+    for extra in ("dev", "ray", "data", "course", "widgets"): assert shlex.split(cfg[f"{extra}_requirements"])
 
 
 LAYERS = ["method", "kernels", "vision scale", "explore", "course", "cli"]
