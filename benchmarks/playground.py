@@ -40,7 +40,7 @@ def main(argv=None) -> int: # 0: the table is written; 3: time is up, run again
     table = live_table(load_world(TASKS), images=IMAGES)
     facts = inputs(table)
     rows = [(name, (t,), [1.]) for name in ("zero_shot", "finetuned") for t in table.tasks]
-    rows += [(m, s, [a for a in table.scales(m) if a]) for s in table.subsets() for m in table.methods]
+    rows += [(m, s, [a for a in table.scales(m) if a]) for s in sorted(table.subsets(), key=lambda s: table.tasks.index(s[-1])) for m in table.methods] # a smaller table first
     spent = 0.
     with Records(args.records) as records, tqdm(total=sum(len(s) * len(a) for _, s, a in rows), unit="accuracy") as bar:
         for method, tasks, alphas in rows:

@@ -94,8 +94,9 @@ def live_table(
         if images < 1: raise ValueError(f"at least one image per task is needed, got images={images}.")
         world = dataclasses.replace(world, data={(t, split): tuple(o[:images] for o in world.data[t, split]) for t in world.names})
     def _count(data): return len(data[1]) if isinstance(data, tuple) else len(data)
+    methods = list(dict.fromkeys(methods if "task_arithmetic" in methods else ["task_arithmetic", *methods])) # what the others are compared with
     counts = {t: _count(world.data[t, split]) for t in world.names}
-    return MergeTable(list(world.names), list(methods), sorted({0., *map(float, alphas)}), counts, world=world, split=split)
+    return MergeTable(list(world.names), methods, sorted({0., *map(float, alphas)}), counts, world=world, split=split)
 
 # %% ../../nbs/explore/41c2_merge_table.ipynb #0777f2cf
 _FILE = Path(__file__).with_name("playground.json") if "__file__" in globals() else Path("../../tsv_nb/explore/playground.json")
