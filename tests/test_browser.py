@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (ROOT / "nbs").exists(
 # page -> explorers on it, in order -> control -> keys to press; each key must change the picture and the numbers
 PAGES = {
     "explore/41_widgets.ipynb": [{"terms": ["ArrowRight", "ArrowRight", "PageUp"]}],
+    "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["ArrowDown"]},
+                                    {"elevation": ["ArrowLeft", "Home"], "between": ["ArrowRight"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "order": ["ArrowDown"]}],
 }
 QUIET = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
          "docmanager-extension/plugin": {"autosave": False}, "notebook-extension/tracker": {"windowingMode": "none"}} # none: all cells are in the page
