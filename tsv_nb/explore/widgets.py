@@ -116,6 +116,7 @@ class KernelNotice(W.HTML):
         text: str = _NOTICE, # HTML
     ):
         super().__init__(f'<div class="tsv-notice" role="note">{text}</div>')
+        self.add_class("tsv-notice-box")
         self._asked, self._answer = W.IntText(1), W.IntText(0)
         self._link = W.jsdlink((self._asked, "value"), (self._answer, "value")) # runs in the browser, at once
         self._answer.observe(lambda change: self.hide(), "value")
@@ -132,6 +133,8 @@ _CARD = """<style>
 .tsv-explorer .tsv-picture {display: block; max-width: 100%; height: auto}
 .tsv-explorer .tsv-numbers {display: flex; flex-wrap: wrap; gap: 2px 18px; line-height: 1.5; font-variant-numeric: tabular-nums}
 .tsv-explorer .tsv-error {color: #a00}
+.tsv-explorer.jupyter-widgets-disconnected::before, .tsv-explorer .jupyter-widgets-disconnected::before {display: none !important}
+.tsv-explorer.jupyter-widgets-disconnected > .tsv-notice-box {display: flex !important}
 </style>"""
 
 # %% ../../nbs/explore/41_widgets.ipynb #a226b6fa
@@ -201,5 +204,6 @@ def __repr__(self: Explorer) -> str: return f"{self.title} (interactive in Jupyt
 
 @patch
 def _repr_mimebundle_(self: Explorer, **kwargs) -> dict:
-    "Where widgets cannot be shown, the picture and the numbers still can."
-    return {**W.VBox._repr_mimebundle_(self, **kwargs), "text/plain": repr(self), "image/png": base64.b64encode(self.png).decode()}
+    "The widget, and for readers who cannot see widgets the notice, the picture and the numbers."
+    still = f'<div class="tsv-explorer"><p><b>{html.escape(self.title)}</b></p><p class="tsv-notice">{_NOTICE}</p>{self._picture.value}{self._line.value}</div>'
+    return {**W.VBox._repr_mimebundle_(self, **kwargs), "text/html": still, "text/plain": repr(self)}
