@@ -31,6 +31,14 @@ def inputs(table) -> dict:
                 images={t: data_digest(world.data[t, table.split])[:16] for t in table.tasks}, recipe=fact_digest(FINETUNE)[:16], code=code_digest()[:16])
 
 
+def parts(table, width=12):
+    "Methods, subsets and up to twelve of their scales: the small scales of all subsets first, and of these the subsets of the first tasks."
+    for first in range(0, len(table.alphas), width):
+        for s in sorted(table.subsets(), key=lambda s: table.tasks.index(s[-1])):
+            for m in table.methods:
+                if alphas := [a for a in table.scales(m) if a][first:first + width]: yield m, s, alphas
+
+
 def main(argv=None) -> int: # 0: the table is written; 3: time is up, run again
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many seconds")
@@ -39,8 +47,7 @@ def main(argv=None) -> int: # 0: the table is written; 3: time is up, run again
     args, start = p.parse_args(argv), time.perf_counter()
     table = live_table(load_world(TASKS), images=IMAGES)
     facts = inputs(table)
-    rows = [(name, (t,), [1.]) for name in ("zero_shot", "finetuned") for t in table.tasks]
-    rows += [(m, s, [a for a in table.scales(m) if a]) for s in sorted(table.subsets(), key=lambda s: table.tasks.index(s[-1])) for m in table.methods] # a smaller table first
+    rows = [(name, (t,), [1.]) for name in ("zero_shot", "finetuned") for t in table.tasks] + list(parts(table))
     spent = 0.
     with Records(args.records) as records, tqdm(total=sum(len(s) * len(a) for _, s, a in rows), unit="accuracy") as bar:
         for method, tasks, alphas in rows:

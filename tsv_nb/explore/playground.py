@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -97,14 +98,15 @@ def _scene(figure: Figure, s: Step) -> dict[str, Axes]:
     axes = {name: figure.add_axes(place) for name, place in dict(bars=(.07, .585, .92, .33), curve=(.07, .10, .40, .33), costs=(.69, .10, .295, .33)).items()}
     axes["bars"].set(xlim=(-.6, len(tasks) - .4), ylim=(0, 108), yticks=range(0, 101, 25), ylabel="accuracy (%)")
     axes["bars"].set_xticks(range(len(tasks)), tasks)
-    axes["curve"].set(xlim=(-.03 * s.table.alphas[-1], 1.03 * s.table.alphas[-1]), ylim=(0, 103), yticks=range(0, 101, 25), xlabel=r"scale $\alpha$", ylabel="mean accuracy (%)")
+    axes["curve"].set_xscale("function", functions=(lambda x: np.sqrt(np.abs(x)), np.square)) # room for the small scales
+    axes["curve"].set(xlim=(0, 1.06 * s.table.alphas[-1]), xticks=[a for a in (0, .1, .3, .6, 1, 1.5, 2, 3, 4, 5) if a <= s.table.alphas[-1]], ylim=(0, 103), yticks=range(0, 101, 25), xlabel=r"scale $\alpha$ (square-root axis)", ylabel="mean accuracy (%)")
     axes["curve"].set_title("mean of the chosen tasks, every method and scale", loc="left")
-    axes["costs"].set(xlim=(-15, 50), ylim=(len(tasks) - .4, -.6), xlabel="accuracy that they lose (points)")
+    axes["costs"].set(xlim=(-10, 30), ylim=(len(tasks) - .4, -.6), xlabel="accuracy that they lose (points)")
     axes["costs"].set_title("what each task costs the others", loc="left")
     axes["costs"].set_yticks(range(len(tasks)), tasks)
     axes["costs"].axvline(0, color="k", lw=.8)
     for i, m in enumerate(s.table.methods): axes["curve"].text(1.03, .93 - .12 * i, title := MERGE_METHODS[m].title, transform=axes["curve"].transAxes, va="center", fontsize=8.5, color=method_color(title))
-    for x, text, color in ((.755, "fine-tuned", "#000000"), (.88, "zero-shot", "#888888")): axes["bars"].text(x, 1.06, f"— {text}", transform=axes["bars"].transAxes, color=color, weight="bold")
+    for x, text, color in ((.74, "fine-tuned", "#000000"), (.875, "zero-shot", "#888888")): axes["bars"].text(x, 1.06, f"— {text}", transform=axes["bars"].transAxes, color=color, weight="bold")
     return axes
 
 # %% ../../nbs/explore/41c_playground.ipynb #0d2d9756
@@ -136,7 +138,7 @@ def _costs(ax: Axes, s: Step) -> list[Artist]:
     rows, values = [s.table.tasks.index(t) for t in s.costs], list(s.costs.values())
     low, high = ax.get_xlim()
     marks = [ax.barh(rows, [min(max(v, low), high) for v in values], .6, color=method_color(MERGE_METHODS[s.method].title))]
-    return marks + [ax.text(min(max(v, 0), high - 8) + .8, i, f"{v:+.1f}", va="center", bbox=dict(fc="w", ec="none", pad=.4, alpha=.7)) for i, v in zip(rows, values)]
+    return marks + [ax.text(min(max(v, 0), high - 5) + .5, i, f"{v:+.1f}", va="center", bbox=dict(fc="w", ec="none", pad=.4, alpha=.7)) for i, v in zip(rows, values)]
 
 # %% ../../nbs/explore/41c_playground.ipynb #663633cc
 def _marks(axes: dict[str, Axes], s: Step) -> list:
@@ -186,7 +188,7 @@ def _controls(table: MergeTable) -> dict[str, W.Widget]:
     method.observe(lambda change: setattr(alpha, "disabled", len(table.scales(change.new)) == 1), "value")
     return {**boxes, "method": method, "alpha": alpha}
 
-
+# %% ../../nbs/explore/41c_playground.ipynb #0243630a
 def merge_playground(
     table: MergeTable | World | None = None, # a table; or a world, for which numbers are computed when they are needed; None: the table of the package
 ) -> Explorer: # controls: task0, task1, …, method, alpha
