@@ -201,10 +201,10 @@ def test_every_control_changes_picture_and_numbers(table):
 
 def test_slider_sleeps_while_the_method_has_no_scale(table):
     e = merge_playground(table)
-    e.move(method="weight_average")
+    e.move(alpha=2., method="weight_average")
     assert e.controls["alpha"].disabled and e.result.alpha == 1
     e.move(method="tsv")
-    assert not e.controls["alpha"].disabled
+    assert not e.controls["alpha"].disabled and e.result.alpha == 2
 
 
 def test_one_task_and_none(table):
