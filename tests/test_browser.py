@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (ROOT / "nbs").exists(
 PAGES = {
     "explore/41_widgets.ipynb": [{"terms": ["ArrowRight", "ArrowRight", "PageUp"]}],
     "explore/41b_interference.ipynb": [{"rank": ["ArrowRight", "Home", "End"], "task": ["ArrowDown"], "other": ["ArrowUp"], "layer": ["ArrowLeft", "Home"]}],
-    "explore/41c_playground.ipynb": [{"alpha": ["ArrowRight", "PageUp"], "task0": ["Space", "Space"], "task1": ["Space"], "task2": ["Space"], "task3": ["Space"], "task4": ["Space"],
+    "explore/41c_playground.ipynb": [{"alpha": ["ArrowRight", "PageUp"], "task0": ["Space", "Space"], "task1": ["Space"], "task2": ["Space"], "task3": ["Space"],
                                       "method": ["ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp"]}],
     "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["ArrowDown"]},
                                     {"elevation": ["ArrowLeft", "Home"], "between": ["ArrowRight"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "order": ["ArrowDown"]}],

@@ -78,8 +78,11 @@ def test_a_merge_serves_all_scales(world, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "MERGE_METHODS", {"tsv": lambda vectors: calls.append(list(vectors)) or MERGE_METHODS["tsv"](vectors), "task_arithmetic": None})
     t = live_table(world, ("tsv",), (.5, 1.))
-    for a in t.alphas: t.accuracy(("a", "b"), "tsv", a)
-    assert calls == [["a", "b"]]
+    for a in t.alphas[1:]:
+        for tasks in [("a", "b"), ("a",), ("b",), ("a", "b", "c")]: t.accuracy(tasks, "tsv", a)
+    assert calls == [["a", "b"], ["a"], ["b"], ["a", "b", "c"]]
+    for tasks in [("b", "c"), ("c",), ("a", "c")]: t.accuracy(tasks, "tsv", 1.)
+    assert len(t.kept) == 5 # not all for ever
 
 
 def test_first_images_only(world):

@@ -34,7 +34,7 @@ class MergeTable:
     about: dict = field(default_factory=dict, repr=False) # where the numbers come from
     world: World | None = field(default=None, repr=False) # where missing numbers are computed; None: nowhere
     split: str = "val" # the images that are used
-    kept: dict = field(default_factory=dict, repr=False) # the latest merged task vector, by (method, tasks)
+    kept: dict = field(default_factory=dict, repr=False) # the latest merged task vectors, by (method, tasks)
 
     def scales(self, method: str) -> list[float]: # what alpha can be
         "The scales of a method: all, or 1 for the weight average, which has none."
@@ -55,7 +55,8 @@ def _compute(self: MergeTable, method: str, tasks: tuple[str, ...], alpha: float
     if method in ("zero_shot", "finetuned"): state = self.world.pretrained if method == "zero_shot" else self.world.finetuned[tasks[0]]
     else:
         if (method, tasks) not in self.kept:
-            self.kept = {(method, tasks): MERGE_METHODS[method]({t: self.world.vectors[t] for t in tasks})}
+            while len(self.kept) > len(self.tasks) + 1: del self.kept[next(iter(self.kept))] # what one step of the playground needs is kept
+            self.kept[method, tasks] = MERGE_METHODS[method]({t: self.world.vectors[t] for t in tasks})
         state = apply_task_vector(self.world.pretrained, self.kept[method, tasks], alpha)
     return [round(a * self.images[t]) for t, a in self.world.accuracies(state, self.split, tasks)]
 
@@ -80,7 +81,7 @@ def accuracy(self: MergeTable,
     return {t: h / self.images[t] for t, h in zip(chosen, [h for key in keys for h in self.hits[key]])}
 
 # %% ../../nbs/explore/41c2_merge_table.ipynb #22a58be2
-ALPHAS = (0., .1, .2, .3, .4, .5, .6, .8, 1., 1.2, 1.5, 2., 2.5, 3.5, 5.)
+ALPHAS = (0., .1, .2, .3, .4, .5, .6, .8, 1., 1.2, 1.5, 2., 2.5)
 METHODS = ("weight_average", "task_arithmetic", "ties", "isotropic", "tsv")
 
 
