@@ -118,7 +118,7 @@ def _bars(ax: Axes, s: Step) -> list[Artist]:
     color, pale = method_color(MERGE_METHODS[s.method].title), method_color("Task Arithmetic")
     marks = [ax.bar([i - .2 for i in at], ours, .36, color=color), ax.bar([i + .2 for i in at], theirs, .36, color=pale, alpha=.4)]
     for name, look in (("finetuned", "#000000"), ("zero_shot", "#888888")): marks.append(ax.hlines(_percent(name), [i - .42 for i in at], [i + .42 for i in at], color=look, lw=1.6))
-    return marks + [ax.text(i + dx, 3, f"{a:.0f}", ha="center", color=c, weight="bold") for i, *accs in zip(at, ours, theirs) for a, dx, c in zip(accs, (-.2, .2), "wk")]
+    return marks + [ax.text(i + dx, 3 if a > 13 else a + 2, f"{a:.0f}", ha="center", color=c if a > 13 else "k", weight="bold") for i, *accs in zip(at, ours, theirs) for a, dx, c in zip(accs, (-.2, .2), "wk")]
 
 
 def _curves(ax: Axes, s: Step) -> list[Artist]:
