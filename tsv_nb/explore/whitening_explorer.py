@@ -94,7 +94,7 @@ def _flatten(P: Tensor, view: float) -> np.ndarray:
     R = np.array([[-np.sin(v), np.cos(v), 0], [-np.sin(e) * np.cos(v), -np.sin(e) * np.sin(v), np.cos(e)]])
     return R @ P.numpy()
 
-# %% ../../nbs/explore/41d_whitening.ipynb #6008570f
+# %% ../../nbs/explore/41d_whitening.ipynb #e171e34f
 def _scene(figure: Figure, result: tuple) -> list:
     "Axes for the vectors, both Gram matrices and the singular values; a unit circle (in space: the floor)."
     K, space = result[0].X.shape[1], result[0].X.shape[0] == 3
@@ -113,7 +113,7 @@ def _scene(figure: Figure, result: tuple) -> list:
     bars.invert_yaxis()
     return [main, before, after, bars]
 
-# %% ../../nbs/explore/41d_whitening.ipynb #73755d29
+# %% ../../nbs/explore/41d_whitening.ipynb #d3dc000a
 def _marks(axes: list, result: tuple) -> Iterable[Artist]:
     "Everything that moves."
     w, view = result
@@ -133,7 +133,7 @@ def _marks(axes: list, result: tuple) -> Iterable[Artist]:
         for i, j in np.ndindex(*G.shape): yield ax.text(j, i, f"{round(G[i, j], 2) + 0.:.2f}", ha="center", va="center", color="w" if abs(G[i, j]) > .95 else "k")
     yield bars.barh(range(len(w.S)), w.S.numpy(), color="#0072B2", height=.7)
 
-# %% ../../nbs/explore/41d_whitening.ipynb #1f271368
+# %% ../../nbs/explore/41d_whitening.ipynb #28b61e2a
 def whitening_numbers(
     result: tuple[Whitened, float], # what the explorer computes: the vectors, and the angle of view (degrees)
 ) -> dict[str, str]: # name -> text
@@ -145,7 +145,7 @@ def whitening_numbers(
                "moved by whitening": f"{w.moved(w.polar):.3f}", "by Gram–Schmidt": f"{w.moved(w.rival):.3f}", "noise": f"× {w.amplification:.2f}"}
     return numbers | ({"seen from": f"{view:.0f}°"} if len(w.X) == 3 else {})
 
-# %% ../../nbs/explore/41d_whitening.ipynb #efce3034
+# %% ../../nbs/explore/41d_whitening.ipynb #2601aae7
 def whitening_plane() -> Explorer:
     "Two vectors in the plane, moved by their angles and lengths."
     angle = lambda value, name: W.IntSlider(value, -90, 180, description=f"angle {name} (°)")
@@ -156,7 +156,7 @@ def whitening_plane() -> Explorer:
     return Explorer("Whitening two vectors in the plane", controls, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
                     "Two arrows, the orthonormal pair nearest to them, Gram–Schmidt's pair, their Gram matrices and singular values.")
 
-# %% ../../nbs/explore/41d_whitening.ipynb #8fa8da6b
+# %% ../../nbs/explore/41d_whitening.ipynb #a743d21d
 def whitening_space() -> Explorer:
     "Three vectors in space: two on the floor, the third above it."
     slider = lambda value, low, high, name: W.IntSlider(value, low, high, description=f"{name} (°)")

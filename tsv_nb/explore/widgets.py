@@ -119,6 +119,7 @@ class KernelNotice(W.HTML):
         self.add_class("tsv-notice-box")
         self._asked, self._answer = W.IntText(1), W.IntText(0)
         self._link = W.jsdlink((self._asked, "value"), (self._answer, "value")) # runs in the browser, at once
+        self._link._send({"method": "update", "state": {"source": ""}, "buffer_paths": []}) # what a run without a browser saves: see below
         self._answer.observe(lambda change: self.hide(), "value")
 
     def hide(self):
@@ -127,7 +128,7 @@ class KernelNotice(W.HTML):
 
 # %% ../../nbs/explore/41_widgets.ipynb #4286311e
 _CARD = """<style>
-.tsv-explorer {background: #fff; color: #222; border: 1px solid #ccc; border-radius: 6px; padding: 8px; max-width: 900px;
+.tsv-explorer {background: #fff; color: #222; font-family: system-ui, sans-serif; border: 1px solid #ccc; border-radius: 6px; padding: 8px; max-width: 900px;
   --jp-widgets-label-color: #222; --jp-widgets-readout-color: #222; --jp-widgets-input-color: #222; --jp-widgets-input-background-color: #fff}
 .tsv-explorer .tsv-notice {background: #fff4ce; border-left: 4px solid #b35900; padding: 4px 10px; line-height: 1.4; white-space: normal}
 .tsv-explorer .tsv-picture {display: block; max-width: 100%; height: auto}
