@@ -1,5 +1,7 @@
 """The interference atlas against the library's scores and literal float64 formulas, principal angles against constructions, and the explorer without a browser."""
 import math
+import statistics
+import time
 
 import pytest
 import torch
@@ -120,6 +122,17 @@ def test_frames_stand_around_the_chosen_cell(many):
         corner, image = axes[name].patches[0].get_xy(), axes[name].images[0].get_array()
         assert image[round(corner[1] + .5), round(corner[0] + .5)] == pytest.approx(c.score)
         assert (image.shape == (4, 3) if name == "map" else image.shape == (4, 4))
+
+
+def test_steps_stay_within_their_budget(g):
+    "150 ms of processor time, twofold slack, on task vectors of the offline world's sizes."
+    e = interference_explorer(make_vectors(g, 8, {f"{i}.{n}": s for i in range(2) for n, s in dict(c_fc=(1792, 448), out=(448, 448)).items()}))
+    seconds = []
+    for move in [dict(layer=o) for o in e.result.atlas.layers] + [dict(task=t) for t in e.result.atlas.tasks] + [dict(rank=k) for k in e.result.atlas.scores]:
+        start = time.process_time()
+        e.move(**move)
+        seconds.append(time.process_time() - start)
+    assert statistics.median(seconds) < .3, seconds
 
 
 def test_names_of_layers():

@@ -1,9 +1,9 @@
 """The table of merged networks: what it computes, its file, the one that comes with the package; and the playground on it, without a browser."""
 import json
 import random
-import shutil
-import subprocess
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,6 +200,16 @@ def test_every_control_changes_picture_and_numbers(table):
         e.move(**move)
         assert e.png != before[0] and e.text != before[1], move
     assert e.result.tasks == ("b", "c") and float(e.text["mean accuracy"].split()[0]) == pytest.approx(100 * mean_accuracy(table, ("b", "c"), "weight_average"), abs=.05)
+
+
+def test_steps_stay_within_their_budget():
+    "150 ms of processor time, twofold slack."
+    e, seconds = merge_playground(), []
+    for move in [dict(alpha=a) for a in e.result.table.alphas] + [dict(task3=on) for on in (True, False)] + [dict(method=m) for m in e.result.table.methods]:
+        start = time.process_time()
+        e.move(**move)
+        seconds.append(time.process_time() - start)
+    assert statistics.median(seconds) < .3, seconds
 
 
 def test_slider_sleeps_while_the_method_has_no_scale(table):
