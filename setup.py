@@ -11,7 +11,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
 licenses = {"apache2": "Apache-2.0"}
-extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("dev", "ray", "data", "course")}
+extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("dev", "ray", "data", "course", "widgets")}
 package_data = dict((pkg.strip(), files.split()) for pkg, files in
                     (line.split(":", 1) for line in cfg["package_data"].splitlines() if line.strip()))
 

@@ -69,7 +69,7 @@ def test_wheel_holds_package_and_tower(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tsv_nb").rglob("*.py")}
     assert modules <= set(names), modules - set(names)
-    assert "tsv_nb/vision/glyphclip.safetensors" in names and "tsv_nb/vision/glyphclip.md" in names and "tsv_nb/vision/paper_tasks.json" in names
+    assert "tsv_nb/vision/glyphclip.safetensors" in names and "tsv_nb/vision/glyphclip.md" in names and "tsv_nb/vision/paper_tasks.json" in names and "tsv_nb/explore/playground.json" in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "benchmarks"))]
     assert wheel.stat().st_size < 15e6
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
@@ -117,7 +117,7 @@ def test_settings_are_the_single_source():
         if line.strip():
             module, function = line.split("=")[1].strip().split(":")
             assert callable(getattr(importlib.import_module(module), function))
-    for extra in ("dev", "ray", "data", "course"): assert shlex.split(cfg[f"{extra}_requirements"])
+    for extra in ("dev", "ray", "data", "course", "widgets"): assert shlex.split(cfg[f"{extra}_requirements"])
 
 
 LAYERS = ["method", "kernels", "vision scale", "explore", "course", "cli"]
