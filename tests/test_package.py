@@ -57,7 +57,7 @@ def wheel(tmp_path_factory):
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     tracked = run("git", "ls-files", "-z", cwd=ROOT).stdout.split("\0")
     for name in filter(None, tracked):
-        if name.startswith(("nbs/", "tests/")) or not (ROOT / name).exists(): continue
+        if name.startswith("tests/") or name.startswith("nbs/") and not name.startswith("nbs/course/_source/") or not (ROOT / name).exists(): continue
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     out = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source) # an sdist, and the wheel from it
@@ -71,6 +71,8 @@ def test_wheel_holds_package_and_tower(wheel):
     assert modules <= set(names), modules - set(names)
     assert "tsv_nb/vision/glyphclip.safetensors" in names and "tsv_nb/vision/glyphclip.md" in names and "tsv_nb/vision/paper_tasks.json" in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "benchmarks"))]
+    sources = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs/course/_source").rglob("*") if p.is_file() and ".ipynb_checkpoints" not in p.parts}
+    assert "course/_source/ps1/ps1.ipynb" in sources and {f"tsv_nb/{s}" for s in sources} == {n for n in names if "_source" in n}
     assert wheel.stat().st_size < 15e6
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert f"Version: {settings()['version']}" in meta and "Provides-Extra: course" in meta and "Requires-Dist: torch>=" in meta
@@ -159,16 +161,18 @@ def test_readme_has_exactly_two_commands():
     assert len(commands) == 2 and "tsv_demo" in commands[0] and "'.[dev]'" in commands[1] and "/pytest " in commands[1]
 
 
+PAGES = [p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT / "nbs").parts)] # as nbdev sees it
+
+
 def test_every_notebook_is_in_the_sidebar():
     listed = set(re.findall(r"- ([\w/]+\.ipynb)", (ROOT / "_quarto.yml").read_text()))
-    there = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    there = {p.relative_to(ROOT / "nbs").as_posix() for p in PAGES}
     assert listed == there
 
 
 def test_links_between_pages_lead_somewhere():
     broken = []
-    for page in (ROOT / "nbs").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" in page.parts: continue
+    for page in PAGES:
         text = "".join("".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
         targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if not t.startswith(("http", "#", "attachment"))]
         broken += [(page.name, t) for t in targets if not (page.parent / t).exists()]
