@@ -38,7 +38,7 @@ def _errors(cell: NotebookNode) -> list[NotebookNode]:
     "A cell's errors, without the rest: nbgrader takes a warning for a failure, and a number for a partial score."
     return [o for o in cell.outputs if o.output_type == "error"]
 
-# %% ../../nbs/course/51b_autograder.ipynb #fe0a3e76
+# %% ../../nbs/course/51b_autograder.ipynb #6db66d25
 _INTACT = """
 import builtins as _b, torch as _t
 from tsv_nb.course import grading as _g
@@ -54,11 +54,13 @@ if _t.allclose(_t.zeros(2), _t.ones(2)) or _t.equal(_t.zeros(2), _t.ones(2)) or 
 if get_ipython().ast_transformers or get_ipython().input_transformers_post: raise RuntimeError("cells are being rewritten")
 """
 _FORGET = """
-import linecache as _l
+import gc as _gc, linecache as _l, sys as _s
+for _k in ("last_exc", "last_type", "last_value", "last_traceback"): _s.__dict__.pop(_k, None) # they hold the memory of what failed
+_gc.collect()
 for _k in [k for k in _l.cache if "ipykernel" in k or k.startswith("<")]: _l.cache.pop(_k, None)
 """
 
-# %% ../../nbs/course/51b_autograder.ipynb #6d276889
+# %% ../../nbs/course/51b_autograder.ipynb #bfc7fc8e
 class GuardedExecute(Execute):
     "Run a submission: a cell that hangs, dies or breaks the rules loses its own points and no others."
     interrupt_on_timeout, shutdown_kernel = False, "immediate" # the kernel is replaced instead
@@ -67,7 +69,7 @@ class GuardedExecute(Execute):
     def preprocess(self, nb, resources, km=None):
         folder = Path(resources["metadata"]["path"]).resolve()
         on_disk = folder / f"{resources['nbgrader']['notebook']}.ipynb"
-        self.root, self.worked, self.charge, self.after_test, self.guarded = os.getcwd(), [], "", False, None
+        self.root, self.worked, self.charge, self.after_test, self.group, self.guarded = os.getcwd(), [], "", False, 0, None
         with tempfile.TemporaryDirectory() as tmp:
             self.log_file, work = Path(tmp) / "refused", Path(tmp) / "work"
             shutil.copytree(folder, work, ignore=shutil.ignore_patterns("*.ipynb"))
@@ -113,7 +115,7 @@ def _restart(self: GuardedExecute):
     self.start_new_kernel_client()
     self._protect()
 
-# %% ../../nbs/course/51b_autograder.ipynb #194272b4
+# %% ../../nbs/course/51b_autograder.ipynb #89e658ba
 @patch
 def _problem(self: GuardedExecute, run, *args) -> str: # what is wrong, or ""
     "Run something in the kernel, and say what rule it broke, if any."
@@ -140,22 +142,25 @@ def _run_cell(self: GuardedExecute, cell, index: int) -> str:
 
 
 @patch
-def _tampered(self: GuardedExecute) -> str:
-    "Whether the checks still check."
+def _trusted(self: GuardedExecute) -> str: # what is wrong, or ""
+    "Whether the checks still check; if not, go on in a new kernel without the cells that may have changed them."
     token = secrets.token_hex(8)
-    said = self._quiet(f"{_INTACT}\nprint({token!r})")
-    return "" if token in said else f"the tests could not be trusted ({said.strip() or 'no answer'})"
+    said = self._quiet(f"{_INTACT}\nprint({token!r})").strip()
+    if token in said: return ""
+    del self.worked[self.group:]
+    self._restart()
+    return f"the tests could not be trusted after your code above ran ({said or 'no answer'})"
 
-# %% ../../nbs/course/51b_autograder.ipynb #312ed956
+# %% ../../nbs/course/51b_autograder.ipynb #b7ed3c06
 @patch
 def preprocess_cell(self: GuardedExecute, cell, resources, index):
     "Run a cell and write down what was wrong with it."
     if cell.cell_type != "code" or not cell.source.strip(): return cell, resources
     test = _is_test(cell)
     if self.guarded is not self.kc: self._protect()
-    if not test and self.after_test: self.charge = "" # a new group
+    if not test and self.after_test: self.charge, self.group = "", len(self.worked) # a new group
     self.after_test = test
-    if test and (why := self.charge or self._problem(self._tampered)): cell.outputs = [_failed("NotCounted", why)]
+    if test and (why := self.charge or self._problem(self._trusted)): cell.outputs = [_failed("NotCounted", why)]
     elif why := self._problem(self._run_cell, cell, index):
         cell.outputs.append(_failed("Stopped", why))
         if not test: self.charge = f"your code above was stopped: {why}"
