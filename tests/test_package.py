@@ -57,7 +57,7 @@ def wheel(tmp_path_factory):
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     tracked = run("git", "ls-files", "-z", cwd=ROOT).stdout.split("\0")
     for name in filter(None, tracked):
-        if name.startswith(("nbs/", "tests/")) or not (ROOT / name).exists(): continue
+        if name.startswith("tests/") or name.startswith("nbs/") and not name.startswith("nbs/course/_source/") or not (ROOT / name).exists(): continue
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     out = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source) # an sdist, and the wheel from it
@@ -71,6 +71,8 @@ def test_wheel_holds_package_and_tower(wheel):
     assert modules <= set(names), modules - set(names)
     assert "tsv_nb/vision/glyphclip.safetensors" in names and "tsv_nb/vision/glyphclip.md" in names and "tsv_nb/vision/paper_tasks.json" in names and "tsv_nb/explore/playground.json" in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "benchmarks"))]
+    sources = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs/course/_source").rglob("*") if p.is_file() and ".ipynb_checkpoints" not in p.parts}
+    assert "course/_source/ps1/ps1.ipynb" in sources and {f"tsv_nb/{s}" for s in sources} == {n for n in names if "_source" in n}
     assert wheel.stat().st_size < 15e6
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert f"Version: {settings()['version']}" in meta and "Provides-Extra: course" in meta and "Requires-Dist: torch>=" in meta
