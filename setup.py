@@ -1,9 +1,11 @@
 """Everything is read from settings.ini; edit that file, not this one."""
 import shlex
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
@@ -11,9 +13,21 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
 licenses = {"apache2": "Apache-2.0"}
-extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("dev", "ray", "data", "course")}
+extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("dev", "ray", "data", "course", "widgets")}
 package_data = dict((pkg.strip(), files.split()) for pkg, files in
                     (line.split(":", 1) for line in cfg["package_data"].splitlines() if line.strip()))
+
+
+class BuildWithCourse(build_py):
+    """The problem sets are notebooks and live in nbs/, where nbdev skips them; an installed package has them beside tsv_nb/course."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode: return # a checkout finds them in nbs/
+        source, target = here / "nbs" / "course" / "_source", Path(self.build_lib) / cfg["lib_path"] / "course" / "_source"
+        shutil.rmtree(target, ignore_errors=True) # of an earlier build
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+
 
 setup(
     name=cfg["lib_name"],
@@ -42,5 +56,6 @@ setup(
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
     },
+    cmdclass={"build_py": BuildWithCourse},
     zip_safe=False,
 )

@@ -152,7 +152,7 @@ def anchors(page, slug=slug):
 
 HOSTS = {"arxiv.org", "github.com", "raw.githubusercontent.com", "colab.research.google.com", "mybinder.org", "tsv-nb.github.io", "doi.org",
          "docs.pytorch.org", "pytorch.org", "triton-lang.org", "quarto.org", "nbdev.fast.ai", "fastcore.fast.ai", "nbgrader.readthedocs.io", "huggingface.co",
-         "openaccess.thecvf.com", "proceedings.mlr.press", "openreview.net", "aclanthology.org", "en.wikipedia.org", "jupyter.org", "katex.org", "www.apache.org"}
+         "openaccess.thecvf.com", "proceedings.mlr.press", "openreview.net", "aclanthology.org", "en.wikipedia.org", "jupyter.org", "katex.org", "www.apache.org", "kellerjordan.github.io"}
 SITE = "https://tsv-nb.github.io/tsv-nb"
 REPOSITORY = re.compile(r"https://(?:github\.com/tsv-nb/tsv-nb/(?:blob|tree|edit|raw)|colab\.research\.google\.com/github/tsv-nb/tsv-nb/blob|raw\.githubusercontent\.com/tsv-nb/tsv-nb)/main/([^#?]+)(?:#L(\d+))?")
 TARGET = re.compile(r"\]\(\s*<?((?:[^()\s<>]|\([^()\s]*\))*)>?(?:\s+(?:\"[^\"]*\"|'[^']*'))?\s*\)|\b(?:href|src)=[\"']([^\"']*)[\"']")

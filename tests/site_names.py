@@ -49,7 +49,7 @@ def words_of(code):
     for node in ast.walk(tree):
         for field in ("id", "attr", "arg", "name", "asname", "module"):
             if isinstance(value := getattr(node, field, None), str): found |= {value, *value.split(".")}
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said: found |= {node.value} if " " in node.value else {node.value, *re.findall(r"[\w.-]+|\w+", node.value), *re.findall(r"\w+", node.value)}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said: found |= {node.value, *re.findall(r"[\w.-]+|\w+", node.value), *re.findall(r"\w+", node.value)}
         if isinstance(node, ast.Global): found |= set(node.names)
     return found
 
@@ -64,6 +64,7 @@ class Package:
             self.modules.add(name); self.words |= set(name.split("."))
             if path.name == "_modidx.py": continue
             for node in ast.parse(text).body: self._add(node)
+        for path in (root / "nbs").rglob("*.py"): self.words |= words_of(path.read_text(encoding="utf-8")) # of the course
         config = configparser.ConfigParser(delimiters=["="], interpolation=None); config.read(root / "settings.ini", encoding="utf-8")
         config = config["DEFAULT"]
         self.commands = dict(map(str.strip, line.split("=")) for line in config["console_scripts"].split("\n") if line.strip())
@@ -131,7 +132,7 @@ def resolves(dotted):
     return False
 
 
-ALIASES = dict(tl="triton.language", np="numpy", plt="matplotlib.pyplot", F="torch.nn.functional")
+ALIASES = dict(nn="torch.nn", tl="triton.language", np="numpy", plt="matplotlib.pyplot", F="torch.nn.functional")
 
 
 def page_words(page):

@@ -28,9 +28,9 @@ def colab():
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    "A Python that has what this environment has, except this package and two of its requirements."
+    "A Python that has what this environment has (pip, too), except this package and two of its requirements."
     folder = tmp_path_factory.mktemp("host")
-    assert run(sys.executable, "-m", "venv", folder / "env").returncode == 0
+    assert run(sys.executable, "-m", "venv", "--without-pip", folder / "env").returncode == 0
     python, there = folder / "env" / "bin" / "python", folder / "there"
     there.mkdir()
     for entry in Path(sysconfig.get_path("purelib")).iterdir():

@@ -57,7 +57,7 @@ def wheel(tmp_path_factory):
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     tracked = run("git", "ls-files", "-z", cwd=ROOT).stdout.split("\0")
     for name in filter(None, tracked):
-        if name.startswith(("nbs/", "tests/")) or not (ROOT / name).exists(): continue
+        if name.startswith("tests/") or name.startswith("nbs/") and not name.startswith("nbs/course/_source/") or not (ROOT / name).exists(): continue
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     out = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source) # an sdist, and the wheel from it
@@ -69,8 +69,10 @@ def test_wheel_holds_package_and_tower(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tsv_nb").rglob("*.py")}
     assert modules <= set(names), modules - set(names)
-    assert "tsv_nb/vision/glyphclip.safetensors" in names and "tsv_nb/vision/glyphclip.md" in names and "tsv_nb/vision/paper_tasks.json" in names
+    assert "tsv_nb/vision/glyphclip.safetensors" in names and "tsv_nb/vision/glyphclip.md" in names and "tsv_nb/vision/paper_tasks.json" in names and "tsv_nb/explore/playground.json" in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "benchmarks"))]
+    sources = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs/course/_source").rglob("*") if p.is_file() and ".ipynb_checkpoints" not in p.parts}
+    assert "course/_source/ps1/ps1.ipynb" in sources and {f"tsv_nb/{s}" for s in sources} == {n for n in names if "_source" in n}
     assert wheel.stat().st_size < 15e6
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert f"Version: {settings()['version']}" in meta and "Provides-Extra: course" in meta and "Requires-Dist: torch>=" in meta
@@ -102,6 +104,10 @@ print(json.dumps(dict(where=tsv_nb.__file__, fastcore=fastcore.__version__, fast
     facts = json.loads(out.stdout.splitlines()[-1])
     assert facts["where"].startswith(site) and facts["fastcore_at"].startswith(site)
     assert facts["merged"] == [20, 12] and facts["back"] == ["w", "b"] and facts["tower"] > 10
+    command = "import sys; from tsv_nb.vision.command import tsv_eval; sys.argv[0] = 'tsv_eval'; tsv_eval()"
+    shown, wrong = (run(python, "-c", command, *argv, cwd=tmp_path) for argv in (["--help"], ["--task", "3"]))
+    assert shown.returncode == 0 and "--per-task" in shown.stdout and "where images are encoded (default: cpu)" in shown.stdout and "Example: tsv_eval" in shown.stdout
+    assert wrong.returncode == 2 and "unknown option --task; did you mean --tasks?" in wrong.stderr
     print("newest fastcore:", facts["fastcore"])
 
 
@@ -113,7 +119,7 @@ def test_settings_are_the_single_source():
         if line.strip():
             module, function = line.split("=")[1].strip().split(":")
             assert callable(getattr(importlib.import_module(module), function))
-    for extra in ("dev", "ray", "data", "course"): assert shlex.split(cfg[f"{extra}_requirements"])
+    for extra in ("dev", "ray", "data", "course", "widgets"): assert shlex.split(cfg[f"{extra}_requirements"])
 
 
 LAYERS = ["method", "kernels", "vision scale", "explore", "course", "cli"]

@@ -374,7 +374,8 @@ def ran(tmp_path_factory):
     root = tmp_path_factory.mktemp("book")
     (root / "nbs" / "deep").mkdir(parents=True)
     make_notebook(root / "nbs" / "deep" / "good.ipynb", "# T", "Running time: about 10 minutes (600 s) on a 2-core CPU, at best.",
-        ("import os, tsv_nb, ipywidgets as w, matplotlib.pyplot as plt\nfrom tqdm.auto import tqdm",), ("print(os.path.basename(os.getcwd()), 'MPLBACKEND' in os.environ)\nplt.plot([1, 2]);",), ("for _ in tqdm(range(3)): print('step')",),
+        ("import os, ipywidgets as w, matplotlib.pyplot as plt\nfrom importlib.util import find_spec\nfrom tqdm.auto import tqdm",),
+        ("assert find_spec('tsv_nb')\nprint(os.path.basename(os.getcwd()), 'MPLBACKEND' in os.environ)\nplt.plot([1, 2]);",), ("for _ in tqdm(range(3)): print('step')",),
         ("slider = w.IntSlider(description='rank'); hidden = w.IntSlider()\nw.VBox([slider])",), ("#| notest\n1 / 0", printed("kept\n")), ("#| eval: false\n1 / 0", printed("kept too\n")),
         ("import sys\nfrom tqdm import tqdm as bar\nfor _ in bar(range(2), file=sys.stderr): pass\nprint('after', file=sys.stderr)",))
     make_notebook(root / "nbs" / "bad.ipynb", "# T", ("print('new')", printed("old\n")), ("#| hide\n{}['the key']",))
@@ -403,6 +404,15 @@ def test_the_recorder_keeps_the_state_of_shown_widgets_only(ran):
     state = notebook["metadata"]["widgets"][run_notebooks.STATE]["state"]
     view = notebook["cells"][5]["outputs"][0]["data"][site.WIDGET]["model_id"]
     assert view in state and sum(m["model_name"] == "IntSliderModel" for m in state.values()) == 1 and not any("Progress" in m["model_name"] for m in state.values())
+
+
+def test_widgets_of_cells_that_are_not_run_keep_their_state():
+    "Their models were named by an earlier run, like those of this run."
+    view = lambda name: dict(outputs=[dict(data={site.WIDGET: dict(model_id=name)})])
+    first, names = run_notebooks.widget_state([view("a"), view("b")], dict(a={}, inner={}, b=dict(child="IPY_MODEL_inner"), unused={}), "p")
+    assert list(first) == ["a", "b", "inner"] and len(set(names.values())) == 3
+    again, renamed = run_notebooks.widget_state([view(names["b"]), view("new")], {names[m]: json.loads(json.dumps(first[m]).replace("inner", names["inner"])) for m in first} | dict(new={}), "p")
+    assert list(again) == [names["b"], "new", names["inner"]] and len(set(renamed.values())) == 3
 
 
 def test_the_recorder_leaves_a_failing_notebook_alone(ran):

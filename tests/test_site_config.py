@@ -1,5 +1,6 @@
 """The site without Quarto: its configuration, the processed notebooks, citations and labels, the API index, and the workflow that publishes it."""
 import ast
+import html
 import importlib
 import inspect
 import json
@@ -48,7 +49,7 @@ def processed(tmp_path_factory):
     "proc_nbs on a copy of the notebooks, started as the console script nbdev_docs is: from a file elsewhere. One copy for all workers; what show_doc would run is left out here."
     shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("site")
     copy, done = shared / "site_copy", shared / "site_done"
-    with FileLock(shared / "site.lock"):
+    with FileLock(shared / "site_config.lock"):
         if not done.exists():
             shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
             shutil.copy(ROOT / "_quarto.yml", copy)
@@ -84,12 +85,12 @@ KNOWN = {"project": {"type", "output-dir", "preview", "render", "resources", "pr
 
 def test_only_keys_that_quarto_knows():
     "Quarto refuses a closed object with another key, and says so only when it renders."
-    website, html = SITE["website"], SITE["format"]["html"]
+    website, pages = SITE["website"], SITE["format"]["html"]
     assert set(SITE) == {"project", "lang", "bibliography", "link-citations", "crossref", "format", "website"}
-    for name, used in dict(project=SITE["project"], website=website, crossref=SITE["crossref"], search=website["search"], navbar=website["navbar"], sidebar=website["sidebar"], html=html).items():
+    for name, used in dict(project=SITE["project"], website=website, crossref=SITE["crossref"], search=website["search"], navbar=website["navbar"], sidebar=website["sidebar"], html=pages).items():
         assert set(used) <= KNOWN[name], (name, set(used) - KNOWN[name])
     for item in website["navbar"]["left"] + website["navbar"]["right"]: assert set(item) <= KNOWN["item"] and (item["href"].startswith("https://") or item["href"] in PAGES), item
-    assert set(html["code-tools"]) <= KNOWN["code-tools"] and set(html["theme"]) == {"light", "dark"} and html["html-math-method"] == "katex" and html["code-copy"] is True
+    assert set(pages["code-tools"]) <= KNOWN["code-tools"] and set(pages["theme"]) == {"light", "dark"} and pages["html-math-method"] == "katex" and pages["code-copy"] is True
     assert set(website["repo-actions"]) == {"source", "issue"} and website["page-navigation"] is True and SITE["lang"] == "en"
 
 
@@ -108,10 +109,11 @@ def reading_order(page):
 
 
 def test_sidebar_in_reading_order():
-    index, *parts = SITE["website"]["sidebar"]["contents"]
-    assert index == "index.ipynb" and SITE["website"]["sidebar"]["collapse-level"] == 1
+    contents = SITE["website"]["sidebar"]["contents"]
+    parts, front_pages = [part for part in contents if isinstance(part, dict)], [page for page in contents if isinstance(page, str)]
+    assert contents[:len(front_pages)] == front_pages and front_pages[0] == "index.ipynb" and SITE["website"]["sidebar"]["collapse-level"] == 1
     listed = [page for part in parts for page in part["contents"]]
-    assert len(set(listed)) == len(listed) and set(listed) | {index} >= set(PAGES), set(PAGES) - set(listed)
+    assert len({*listed, *front_pages}) == len(listed + front_pages) and {*listed, *front_pages} >= set(PAGES), set(PAGES) - set(listed)
     for part in parts:
         assert set(part) == {"section", "contents"}
         numbered = [p for p in part["contents"] if re.match(r"\d", p.rpartition("/")[2])]
@@ -135,8 +137,8 @@ def test_front_matter_and_links(processed, page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_nothing_of_the_introduction_is_lost(processed, page):
-    "nbdev deletes the cell with the title; what else is in it has to be on the page."
-    first = source(next(c for c in cells(ROOT / "nbs" / page) if c["cell_type"] == "markdown")).splitlines()
+    "nbdev deletes the cell with the title; what else is in it, and the next text, has to be on the page."
+    first = "\n".join(source(c) for c in [c for c in cells(ROOT / "nbs" / page) if c["cell_type"] == "markdown"][:2]).splitlines()
     rest = [line for line in first if line.strip() and not line.startswith(("# ", "> "))]
     unlinked = re.sub(r"\[(`[^`]+`)\]\(https://tsv-nb\.github\.io[^)]*\)", r"\1", "\n".join(source(c) for c in cells(processed / page) if c["cell_type"] == "markdown"))
     assert rest and not [line for line in rest if line not in unlinked.splitlines()]
@@ -237,7 +239,7 @@ def test_links_to_equations_lead_to_one(processed):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.startswith(("method/", "kernels/")) and not p.endswith("00_notation.ipynb")])
 def test_pages_with_symbols_link_to_the_notation(page):
-    first = source(cells(ROOT / "nbs" / page)[0])
+    first = "\n".join(source(c) for c in [c for c in cells(ROOT / "nbs" / page) if c["cell_type"] == "markdown"][:2])
     target = "00_notation.ipynb" if page.startswith("method/") else "../method/00_notation.ipynb"
     assert f"]({target})" in first
 
@@ -260,7 +262,7 @@ def without_types(text): return re.sub(r"^(\| [^|]* \|)[^|]*\|", r"\1", text, fl
 def test_api_index_is_current():
     namespace = {}
     for c in cells(API):
-        if c["cell_type"] == "code": exec(compile(source(c), str(API), "exec"), namespace)
+        if c["cell_type"] == "code" and "find_spec" not in source(c): exec(compile(source(c), str(API), "exec"), namespace)
     stored, fresh = (without_types(text).splitlines() for text in (stored_index(), namespace["text"]))
     assert stored == fresh, "run nbs/reference/60_api.ipynb again: " + next((f"{a!r} is now {b!r}" for a, b in zip(stored, fresh) if a != b), "its length has changed")
 
@@ -274,17 +276,18 @@ def exported():
 
 
 def test_api_index_is_complete():
-    text = re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), stored_index()).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    text = html.unescape(stored_index())
     modules = dict(exported())
     assert set(re.findall(r"^### (\S+)$", text, re.MULTILINE)) == set(modules)
-    ids = re.findall(r'<details id="([^"]+)">', text)
+    ids = re.findall(r'<span id="([^"]+)"></span>', text)
     assert len(set(ids)) == len(ids) == sum(map(len, modules.values())) and set(ids) == set(re.findall(r"\]\(#([^)]+)\)", text))
     for name, public in modules.items():
         module = importlib.import_module(name)
         section = re.search(rf"^### {re.escape(name)}$(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)[1]
         assert re.search(r"Page: \[\w+\]\(\S+\.ipynb\)", section), name
         for o in public:
-            obj, block = getattr(module, o), re.search(rf'<details id="[^"]*-{o}">(.*?)</details>', section, re.DOTALL)[1]
+            obj, (head, block) = getattr(module, o), re.search(rf'<details><summary><code>((?:(?!</code>).)*)</code></summary>\s*<span id="[^"]*-{o}"></span>(.*?)</details>', section, re.DOTALL).groups()
+            assert re.match(rf"{o}(\(|$)", head), f"{name}.{o}"
             if inspect.isfunction(obj) or inspect.isclass(obj): assert " ".join((inspect.getdoc(obj) or "?").splitlines()[0].split()) in block, f"{name}.{o}"
             if inspect.isfunction(obj): assert not [p for p in inspect.signature(obj).parameters if f"<code>{p}</code>" not in block], f"{name}.{o}"
     for path in re.findall(r"\]\((\.\./\S+\.ipynb)\)", text): assert (API.parent / path).exists(), path

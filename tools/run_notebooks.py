@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from datetime import date
+from importlib.metadata import version
 from math import log
 from pathlib import Path
 
@@ -59,15 +60,14 @@ def without_bars(outputs):
 
 
 def widget_state(cells, state, page):
-    "The models that the stored views of a page need, and the new names of all of them: the same in every run."
-    names = {old: hashlib.sha256(f"{page} {i}".encode()).hexdigest()[:32] for i, old in enumerate(state)}
+    "The models that the stored views of a page need, and new names for them: the same in every run."
     todo = [o["data"][WIDGET]["model_id"] for c in cells for o in c.get("outputs", []) if WIDGET in o.get("data", {})]
-    needed = set()
+    kept = {} # from the views inwards: the order of the state is that of random names
     while todo:
-        if (model := todo.pop()) in needed or model not in state: continue
-        needed.add(model)
-        todo += re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[model]))
-    return {m: state[m] for m in state if m in needed}, names
+        if (model := todo.pop(0)) in kept or model not in state: continue
+        kept[model] = state[model]
+        todo += re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[model], sort_keys=True))
+    return kept, {old: hashlib.sha256(f"{page} {i}".encode()).hexdigest()[:32] for i, old in enumerate(kept)}
 
 
 def store(original, ran, page):
@@ -80,7 +80,7 @@ def store(original, ran, page):
     state, names = widget_state(original["cells"], saved[0] | saved[1], page)
     if state: original["metadata"]["widgets"] = {STATE: dict(state=state, version_major=2, version_minor=0)}
     text = json.dumps(original)
-    for old, new in names.items(): text = text.replace(old, new)
+    if names: text = re.sub("|".join(names), lambda m: names[m[0]], text)
     original, config = json.loads(text), get_config(path=ROOT)
     clean_nb(original, allowed_metadata_keys=config.get("allowed_metadata_keys", "").split(), allowed_cell_metadata_keys=config.get("allowed_cell_metadata_keys", "").split(), clean_ids=config.clean_ids)
     return original
@@ -103,8 +103,7 @@ def run(path, page, root=ROOT):
 
 
 def machine():
-    import torch
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}, torch {version('torch').split('+')[0]}"
 
 
 def record(page, seconds, path):

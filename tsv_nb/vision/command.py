@@ -64,7 +64,7 @@ def _check_machine(device: str, batch: int, workers: int) -> None:
         hint = f"did you mean {_DEVICES[close[0]]!r}?" if close else str(e).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used: {hint}") from e
 
-
+# %% ../../nbs/vision/24g_command.ipynb #5d0c7a1e
 def open_world(
     model: str = "glyph", # the offline world, or an open_clip architecture
     tasks: str = "8", # how many of the first, or names with commas

@@ -1,0 +1,223 @@
+"""The explorers as a reader meets them: JupyterLab in a browser, every control moved with the keyboard.
+
+Needs a Chromium and the Python package `playwright` (which drives it; no browser of its own is downloaded). Without them the tests are skipped, but fail under CI,
+unless TSV_NB_NO_BROWSER is set. TSV_NB_SHOTS=FOLDER keeps screenshots of each explorer before and after every move; TSV_NB_CHROMIUM names another browser.
+"""
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (ROOT / "nbs").exists(), reason="needs the source tree")]
+
+# page -> explorers on it, in order -> control -> keys to press; each key must change the picture and the numbers
+PAGES = {
+    "explore/41_widgets.ipynb": [{"terms": ["ArrowRight", "ArrowRight", "PageUp"]}],
+    "explore/41b_interference.ipynb": [{"rank": ["ArrowRight", "Home", "End"], "task": ["ArrowDown"], "other": ["ArrowUp"], "layer": ["ArrowLeft", "Home"]}],
+    "explore/41c_playground.ipynb": [{"alpha": ["ArrowRight", "PageUp"], "task0": ["Space", "Space"], "task1": ["Space"], "task2": ["Space"], "task3": ["Space"],
+                                      "method": ["ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp"]}],
+    "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["ArrowDown"]},
+                                    {"between": ["ArrowRight"], "order": ["ArrowDown"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
+}
+QUIET = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
+         "docmanager-extension/plugin": {"autosave": False}, "notebook-extension/tracker": {"windowingMode": "none"}} # none: all cells are in the page
+
+
+def chromium():
+    return os.environ.get("TSV_NB_CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def why_not():
+    "The reason why no browser can be driven here, or None."
+    if os.environ.get("TSV_NB_NO_BROWSER"): return "TSV_NB_NO_BROWSER is set"
+    if not importlib.util.find_spec("playwright"): return "needs the package playwright: pip install 'tsv-nb[dev]'"
+    if not chromium(): return "needs a Chromium: none of chromium, chromium-browser, google-chrome is on the path; TSV_NB_CHROMIUM names another"
+
+
+def test_missing_browser_is_an_error_under_ci(tmp_path):
+    "Without a browser: a skip with its reason; under CI a failure; unless it was asked for."
+    def outcome(**env):
+        keep = {k: v for k, v in os.environ.items() if k not in ("CI", "TSV_NB_NO_BROWSER", "TSV_NB_CHROMIUM", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")}
+        out = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "moves and 41_widgets"], cwd=ROOT, capture_output=True, text=True, timeout=300, env=keep | {"PATH": str(tmp_path)} | env)
+        return out.returncode, out.stdout
+    code, text = outcome()
+    assert code == 0 and "1 skipped" in text and "needs a Chromium" in text, text
+    code, text = outcome(CI="true")
+    assert code == 1 and "needs a Chromium" in text, text
+    code, text = outcome(CI="true", TSV_NB_NO_BROWSER="1")
+    assert code == 0 and "1 skipped" in text, text
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    "The address of a JupyterLab with copies of the notebooks, no token, and folders of its own for all that it writes."
+    if reason := why_not(): (pytest.fail if os.environ.get("CI") and not os.environ.get("TSV_NB_NO_BROWSER") else pytest.skip)(reason)
+    home = tmp_path_factory.mktemp("lab")
+    copies = [home / "nbs" / trust / page for page in PAGES for trust in ("", "trusted")]
+    for copy, page in zip(copies, [p for p in PAGES for _ in range(2)]):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        notebook = json.loads((ROOT / "nbs" / page).read_text(encoding="utf-8"))
+        notebook["metadata"]["copy"] = str(copy) # trust goes by what a notebook holds, not by where it is
+        copy.write_text(json.dumps(notebook), encoding="utf-8")
+    for name, values in QUIET.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folders = {k: str(home / v) for k, v in dict(JUPYTER_CONFIG_DIR="config", JUPYTER_RUNTIME_DIR="runtime", JUPYTER_DATA_DIR="data", IPYTHONDIR="ipython", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces").items()}
+    env = os.environ | folders | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    subprocess.run([sys.executable, "-m", "nbformat.sign", *map(str, copies[1::2])], env=env, check=True, capture_output=True)
+    log = (home / "log").open("w")
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={home / 'nbs'}"],
+                              env=env, stdout=log, stderr=subprocess.STDOUT)
+    url, end = f"http://127.0.0.1:{port}", time.time() + 120
+    while True:
+        try: urllib.request.urlopen(f"{url}/api/status", timeout=5).close()
+        except OSError:
+            assert server.poll() is None and time.time() < end, (home / "log").read_text()[-3000:]
+            time.sleep(.3)
+        else: break
+    yield url
+    server.terminate() # it ends its kernels first
+    try: server.wait(30)
+    except subprocess.TimeoutExpired: server.kill()
+    log.close()
+
+
+@pytest.fixture(scope="session")
+def chrome(lab):
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        yield browser
+        browser.close()
+
+
+class Reader:
+    "Somebody at a notebook."
+    def __init__(self, chrome, lab, path):
+        self.lab, self.path, self.source, self.errors = lab, path, path.removeprefix("trusted/"), []
+        from playwright.sync_api import TimeoutError
+        self.timeout = TimeoutError
+        self.page = chrome.new_page(viewport=dict(width=1280, height=1000))
+        self.page.on("console", lambda m: self.errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.goto(f"{lab}/lab/tree/{path}?reset")
+        self.idle()
+
+    def idle(self):
+        "Wait until the kernel has nothing to do and every cell that was started has ended."
+        self.page.locator("#jp-main-statusbar", has_text="(ipykernel) | Idle").wait_for(timeout=120_000)
+
+    def run_all(self, seconds=300):
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        done = """() => { const last = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(o => o.textContent);
+                          return last.length && last.every(o => /^\\[\\d+\\]:$/.test(o.trim())) }"""
+        self.page.wait_for_function(done, timeout=1000 * seconds)
+        failed = self.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
+        assert not failed.count(), failed.first.inner_text()[-2000:]
+        self.idle()
+
+    def explorers(self, kind=""):
+        "The explorers on the page, as plain HTML or as widgets; `.jupyter-widgets` asks for widgets only."
+        found = self.page.locator(f"{kind}.tsv-explorer")
+        found.nth(len(PAGES[self.source]) - 1).wait_for(timeout=60_000)
+        return found.all()
+
+    def shot(self, explorer, what):
+        if folder := os.environ.get("TSV_NB_SHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            explorer.screenshot(path=Path(folder) / f"{Path(self.path).stem}-{what}.png")
+
+    def close(self):
+        "Leave, and end the kernel: the next page may need its memory."
+        self.page.close()
+        for session in json.load(urllib.request.urlopen(f"{self.lab}/api/sessions")):
+            urllib.request.urlopen(urllib.request.Request(f"{self.lab}/api/sessions/{session['id']}", method="DELETE")).close()
+
+
+@pytest.fixture
+def reader(chrome, lab, request):
+    who = Reader(chrome, lab, request.param)
+    yield who
+    who.close()
+
+
+def seen(explorer):
+    "What a reader sees: the picture, its text alternative, and the numbers."
+    picture = explorer.locator("img.tsv-picture")
+    return picture.get_attribute("src"), picture.get_attribute("alt"), tuple(explorer.locator(".tsv-number b").all_inner_texts())
+
+
+def focus(explorer, control):
+    "The part of a control that takes keys."
+    handle = explorer.locator(f".tsv-control-{control}").locator(".noUi-handle, select, input, button").first
+    handle.focus()
+    return handle
+
+
+def press(reader, explorer, control, key):
+    "Press a key on a control; the seconds until the picture and the numbers have both followed, or 2."
+    handle, (src, _, numbers), start = focus(explorer, control), seen(explorer), time.perf_counter()
+    handle.press(key)
+    moved = """([o, src, numbers]) => o.querySelector('img.tsv-picture').getAttribute('src') !== src
+               && [...o.querySelectorAll('.tsv-number b')].some((b, i) => b.innerText !== numbers[i])"""
+    with contextlib.suppress(reader.timeout): reader.page.wait_for_function(moved, arg=[explorer.element_handle(), src, list(numbers)], timeout=2000, polling=5)
+    took = time.perf_counter() - start
+    reader.idle()
+    return took
+
+
+def expect_notice(explorer):
+    notice = explorer.locator(".tsv-notice")
+    assert notice.is_visible() and "Run All Cells" in notice.inner_text()
+    assert explorer.locator("img.tsv-picture").evaluate("async o => { await o.decode(); return o.naturalWidth }") > 300
+
+
+@pytest.mark.parametrize("reader", list(PAGES), indirect=True, ids=lambda p: Path(p).stem)
+def test_every_control_moves_the_picture_and_the_numbers(reader):
+    for i, explorer in enumerate(reader.explorers()): # opened, not run, not trusted: the saved picture as plain HTML, and a notice that says so
+        assert "jupyter-widgets" not in explorer.get_attribute("class")
+        expect_notice(explorer)
+        reader.shot(explorer, f"{i}-no-kernel")
+    reader.run_all()
+    same, seconds = [], []
+    for i, (explorer, controls) in enumerate(zip(reader.explorers(".jupyter-widgets"), PAGES[reader.source])):
+        explorer.locator(".tsv-notice").wait_for(state="hidden", timeout=10_000) # the browser has reported to the kernel
+        for control, keys in controls.items():
+            reader.shot(explorer, f"{i}-{control}-before")
+            for key in keys:
+                before, took, after = seen(explorer), press(reader, explorer, control, key), seen(explorer)
+                print(f"{reader.path} {control} {key}: {1000 * took:.0f} ms, {'; '.join(explorer.locator('.tsv-number').all_inner_texts())}")
+                same += [(control, key, what) for what, a, b in zip(("picture", "text alternative", "numbers"), before, after) if a == b]
+                seconds.append(took)
+            reader.shot(explorer, f"{i}-{control}-after")
+        assert not explorer.locator(".tsv-error").count()
+    assert not same and not reader.errors, (same, reader.errors)
+    assert statistics.median(seconds) < 1, seconds # with the browser's share, on a machine that may be busy
+
+
+@pytest.mark.parametrize("reader", [f"trusted/{p}" for p in PAGES], indirect=True, ids=lambda p: Path(p).stem)
+def test_saved_widgets_say_that_nobody_answers(reader):
+    "A trusted notebook shows its saved widgets: controls that can be moved, but nothing follows, and the notice says why."
+    for i, (explorer, controls) in enumerate(zip(reader.explorers(".jupyter-widgets"), PAGES[reader.source])):
+        before = seen(explorer)
+        reader.shot(explorer, f"{i}-saved-widget")
+        for control, keys in controls.items(): focus(explorer, control).press(keys[0])
+        reader.page.wait_for_timeout(500)
+        expect_notice(explorer)
+        assert seen(explorer) == before

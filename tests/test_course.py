@@ -1,0 +1,162 @@
+"""The course, as an instructor runs it: released, submitted by three students per problem set, graded, with feedback and export. No network."""
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nbgrader")
+sys.path.insert(0, str(Path(__file__).with_name("course")))
+from grading import CASES, STUDENTS, environment, exported, hidden_lines, meta, nbgrader, read, run_course, scores, source, submit # noqa: E402
+
+SETS = sorted(CASES)
+
+
+@pytest.fixture(scope="module")
+def courses(tmp_path_factory):
+    "One course folder per problem set, graded two at a time."
+    folders = {ps: tmp_path_factory.mktemp(ps) / "course" for ps in SETS}
+    with ThreadPoolExecutor(2) as pool: list(pool.map(lambda ps: run_course(folders[ps], [ps], together=True), SETS))
+    return folders
+
+
+def test_there_are_three_problem_sets():
+    from tsv_nb.course.setup import problem_sets
+    assert problem_sets() == SETS == ["ps1", "ps2", "ps3"]
+
+
+@pytest.mark.parametrize("ps", SETS)
+def test_metadata(ps):
+    "What nbgrader relies on, and that every code cell of an exercise is either a solution or locked."
+    from tsv_nb.course.setup import course_sources
+    cells = read(course_sources() / ps / f"{ps}.ipynb")["cells"]
+    ids = [meta(c)["grade_id"] for c in cells if meta(c)]
+    assert len(set(ids)) == len(ids) and all(i.startswith(ps) for i in ids)
+    for c in cells:
+        if not meta(c): assert c["cell_type"] == "markdown"; continue
+        m, text = meta(c), source(c)
+        assert m["schema_version"] == 3 and m["task"] is False and m["locked"] is not m["solution"]
+        assert ("BEGIN SOLUTION" in text) == m["solution"] and text.count("### BEGIN ") == text.count("### END ")
+        assert not m["grade"] or m["points"] > 0
+        if m["grade"] and not m["solution"]: assert c["cell_type"] == "code" and "BEGIN HIDDEN TESTS" in text
+        assert not c.get("outputs")
+    assert {i for i in ids if i.endswith("-tests")} == {meta(c)["grade_id"] for c in cells if meta(c).get("grade") and meta(c)["locked"]}
+
+
+@pytest.mark.parametrize("ps", SETS)
+def test_student_version_holds_no_answers(courses, ps):
+    released = (courses[ps] / "release" / ps / f"{ps}.ipynb").read_text(encoding="utf-8")
+    text = "\n".join(source(c) for c in json.loads(released)["cells"])
+    assert "NotImplementedError" in text and "HIDDEN" not in released and "SOLUTION" not in released
+    lines = {line.strip() for line in text.splitlines()}
+    for kind, secret in hidden_lines(courses[ps], ps).items():
+        assert len(secret) > 5 and not secret & lines, (kind, secret & lines)
+    assert not list((courses[ps] / "release").rglob("rubric*")) and (courses[ps] / "rubrics" / f"{ps}.md").stat().st_size > 500
+
+
+@pytest.mark.parametrize("ps", SETS)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_points(courses, ps, student):
+    got = scores(courses[ps], ps, student)
+    lost = {name for name, (points, most) in got.items() if points < most}
+    assert lost == (set() if student == "reference" else set(CASES[ps][f"{student.upper()}_LOSES"]))
+    assert all(got[name][0] == 0 for name in lost) and len(got) >= 3
+    points, most = exported(courses[ps])[ps, student]
+    assert points == sum(p for p, _ in got.values()) and most > sum(m for _, m in got.values()) # the written answers wait for a person
+
+
+@pytest.mark.parametrize("ps", SETS)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_feedback_leaks_nothing(courses, ps, student):
+    page = (courses[ps] / "feedback" / student / ps / f"{ps}.html").read_text(encoding="utf-8")
+    text = html.unescape(re.sub("<[^>]+>", "", page))
+    secret = hidden_lines(courses[ps], ps)
+    assert not [line for line in secret["tests"] if line in text]
+    cells = read(courses[ps] / "source" / ps / f"{ps}.ipynb")["cells"]
+    replaced = {} if student == "reference" else CASES[ps][student.upper()]
+    theirs = "\n".join([*replaced.values(), *(source(c) for c in cells if meta(c).get("grade_id") not in replaced)]) # what the student wrote or was given
+    assert not [line for line in secret["solutions"] if line in text and line not in theirs]
+    assert "hidden tests, not shown" in text
+    for name in scores(courses[ps], ps, student): assert f'id="{name}"' in page or f'name="{name}"' in page
+
+
+@pytest.mark.parametrize("ps", SETS)
+def test_messages_say_what_is_wrong(courses, ps):
+    "A wrong answer fails with words of the checks; a hostile one is told what was stopped."
+    def errors(student): return {meta(c).get("grade_id"): [o for o in c["outputs"] if o["output_type"] == "error"] for c in read(courses[ps] / "autograded" / student / ps / f"{ps}.ipynb")["cells"] if c["cell_type"] == "code"}
+    for name in CASES[ps]["WRONG_LOSES"]:
+        (error,) = errors("wrong")[name]
+        assert error["ename"] == "CheckFailed" and len(error["evalue"]) > 20 and error["traceback"] == [f"CheckFailed: {error['evalue']}"]
+    said = [o["evalue"] for outputs in errors("hostile").values() for o in outputs if o["ename"] in ("Stopped", "NotCounted")]
+    for reason in ("did not finish within", "while a submission is graded"): assert any(reason in s for s in said), said
+    assert any(o["ename"] in ("SyntaxError", "IndentationError") for outputs in errors("hostile").values() for o in outputs)
+
+
+def test_the_hostile_submission_of_the_first_set_meets_every_measure(courses):
+    cells = read(courses["ps1"] / "autograded" / "hostile" / "ps1" / "ps1.ipynb")["cells"]
+    text = json.dumps([o for c in cells for o in c.get("outputs", [])])
+    for reason in ("the tests could not be trusted", "process died", "allocate memory", "notebooks cannot be opened"): assert reason in text
+    page = (courses["ps1"] / "feedback" / "hostile" / "ps1" / "ps1.html").read_text(encoding="utf-8")
+    assert "repeats a part of the hidden tests" in page # the error that quotes the test is not shown
+
+
+def test_a_deleted_test_cell_comes_back(courses):
+    course = courses["ps1"]
+    submit(course, "ps1", "careless", {"ps1-bytes": "def factor_numbers(m, n, k): return 0\ndef archive_bytes(a): return 0"})
+    path = course / "submitted" / "careless" / "ps1" / "ps1.ipynb"
+    nb = read(path)
+    nb["cells"] = [c for c in nb["cells"] if meta(c).get("grade_id") != "ps1-bytes-tests"]
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    nbgrader(course, "autograde", "ps1", "--student=careless")
+    assert [name for name, (points, most) in scores(course, "ps1", "careless").items() if points < most] == ["ps1-bytes-tests"]
+
+
+COMMAND = "import sys; from tsv_nb.course.setup import tsv_course\nif __name__ == '__main__': sys.exit(tsv_course())"
+
+
+def command(tmp_path, *args):
+    "`tsv_course` as the console script calls it."
+    (tmp_path / "tsv_course.py").write_text(COMMAND)
+    return subprocess.run([sys.executable, tmp_path / "tsv_course.py", *map(str, args)], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+
+
+def test_command(tmp_path):
+    done = command(tmp_path, "here", "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    assert [line.strip() for line in done.stdout.splitlines()[-2:]] == ["cd here", "nbgrader generate_assignment ps1"] and max(map(len, done.stdout.splitlines())) <= 80
+    before = {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()}
+    again = command(tmp_path, "here")
+    assert again.returncode != 0 and "already holds a course" in again.stderr and "Traceback" not in again.stderr
+    assert before == {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()}
+    quiet = command(tmp_path, "there", "--seed", 3, "--quiet")
+    assert quiet.returncode == 0 and quiet.stdout == ""
+    assert {p.relative_to(tmp_path / "here"): b for p, b in before.items()} == {p.relative_to(tmp_path / "there"): p.read_bytes() for p in (tmp_path / "there").rglob("*") if p.is_file()} # the seed decides everything
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    import tsv_nb.course.setup as setup
+    def fail(*args): raise OSError("disk full")
+    monkeypatch.setattr(setup, "save_course_world", fail)
+    with pytest.raises(OSError, match="disk full"): setup.make_course(tmp_path / "course")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_seed_gives_other_numbers():
+    from tsv_nb.course.data import make_course_world
+    a, b = make_course_world(1, n_tasks=2), make_course_world(2, n_tasks=2)
+    assert a.pretrained["layer1.weight"].sub(b.pretrained["layer1.weight"]).abs().max() > .1 and not (a.images["turned"] == b.images["turned"]).all()
+
+
+def test_damaged_data(tmp_path):
+    from safetensors.torch import save_file
+    from tsv_nb.course.data import load_course_world, make_course_world, save_course_world
+    path = save_course_world(make_course_world(0, n_tasks=1), tmp_path / "w.safetensors")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:5000])
+    save_file({}, tmp_path / "foreign")
+    for name, says in (("cut", "damaged"), ("foreign", "holds no course data")):
+        with pytest.raises(ValueError, match=says): load_course_world(tmp_path / name)

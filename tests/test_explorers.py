@@ -1,0 +1,184 @@
+"""The explorers without a browser: their numbers, what a saved page holds, and what happens where ipywidgets is missing."""
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("ipywidgets")
+import ipywidgets as W
+
+from tsv_nb import compress, orthogonalize
+from tsv_nb.explore.rank_explorer import accuracy_curve, archive_at, rank_explorer, rank_report, rank_steps, task_spectra
+from tsv_nb.explore.whitening_explorer import gram_schmidt, plane_vectors, space_vectors, whitened, whitening_plane, whitening_space
+from tsv_nb.explore.widgets import Explorer, Picture
+
+from test_browser import PAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
+
+
+# --- the frame -------------------------------------------------------------------------------------------------------------------------------
+
+def tiny(compute=lambda x, y: dict(x=x, y=y), redraw=()):
+    scenes = []
+    def scene(figure, r):
+        scenes.append(r)
+        ax = figure.subplots()
+        ax.set(xlim=(0, 10), ylim=(0, 10), title=f"y = {r['y']}")
+        return ax
+    controls = dict(x=W.IntSlider(1, 0, 10), y=W.IntSlider(1, 0, 10))
+    return Explorer("Where?", controls, compute, Picture(scene, lambda ax, r: ax.plot(r["x"], 5, "o"), (3., 2.)), lambda r: {k: str(v) for k, v in r.items()}, "A dot <here>.", redraw), scenes
+
+
+def test_scene_is_drawn_only_when_it_changes():
+    e, scenes = tiny(redraw=("y",))
+    first = e.png
+    assert len(scenes) == 1 and e.move(x=4) == {"x": "4", "y": "1"} and e.png != first and len(scenes) == 1
+    e.move(y=7)
+    assert len(scenes) == 2 and e.png != first
+    e.move(x=1, y=1)
+    assert e.png == first # no trace of earlier steps
+
+
+def test_what_is_said_follows_what_is_shown():
+    e, _ = tiny()
+    e.move(x=9)
+    bundle = e._repr_mimebundle_()
+    assert 'alt="Where?. A dot &lt;here&gt;. x 9; y 1."' in e._picture.value and 'data-name="x">x <b>9</b>' in e._line.value
+    assert bundle["text/plain"] == repr(e) == "Where? (interactive in JupyterLab): x 9; y 1"
+    assert e._picture.value in bundle["text/html"] and "Run All Cells" in bundle["text/html"] and bundle[VIEW]["model_id"] == e.model_id
+
+
+def test_an_error_is_shown_and_raised():
+    def compute(x, y):
+        if x == 5: raise ValueError("five is <too much>")
+        return dict(x=x, y=y)
+    e, _ = tiny(compute)
+    with pytest.raises(ValueError, match="too much"): e.move(x=5)
+    assert "five is &lt;too much&gt;" in e._line.value and "tsv-error" in e._line.value
+    assert e.move(x=6)["x"] == "6" and "tsv-error" not in e._line.value
+
+
+def test_notice_goes_when_a_browser_reports_or_moves_a_control():
+    for report in (lambda e: e.notice._answer.set_state({"value": 1}), lambda e: e.controls["x"].set_state({"value": 3})):
+        e, _ = tiny()
+        e.move(x=2)
+        assert e.notice.layout.display is None
+        report(e)
+        assert e.notice.layout.display == "none"
+
+
+def test_missing_ipywidgets_is_named_with_its_extra():
+    code = "import sys; sys.modules['ipywidgets'] = None; import tsv_nb, tsv_nb.explore.plots\ntry: import tsv_nb.explore.widgets\nexcept ImportError as e: print(e)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0 and "needs ipywidgets: pip install 'tsv-nb[widgets]'" in out.stdout, out.stderr
+
+
+# --- what a saved page holds -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("page", PAGES)
+def test_saved_page_has_each_explorer_as_widget_html_and_text(page):
+    nb = json.loads((ROOT / "nbs" / page).read_text(encoding="utf-8"))
+    state = nb["metadata"]["widgets"][STATE]["state"]
+    views = [o["data"] for c in nb["cells"] for o in c.get("outputs", []) if VIEW in o.get("data", {})]
+    assert len(views) == len(PAGES[page])
+    for data, controls in zip(views, PAGES[page]):
+        root = state[data[VIEW]["model_id"]]["state"]
+        assert "tsv-explorer" in root["_dom_classes"]
+        assert "tsv-notice" in "".join(data["text/html"]) and "<img" in "".join(data["text/html"]) and "interactive in JupyterLab" in "".join(data["text/plain"])
+        notice = next(m["state"] for m in (state[c.removeprefix("IPY_MODEL_")] for c in root["children"]) if "tsv-notice" in m["state"].get("value", ""))
+        assert state[notice["layout"].removeprefix("IPY_MODEL_")]["state"].get("display") is None # shown
+    classes = {c for m in state.values() for c in m["state"].get("_dom_classes", [])}
+    assert {f"tsv-control-{c}" for controls in PAGES[page] for c in controls} <= classes
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nbdev_can_write_a_page_with_saved_widgets(page, tmp_path):
+    "nbdev takes everything called `source` for the text of a cell; a list of that name in the widgets' state stops the whole site."
+    nbio = pytest.importorskip("execnb.nbio")
+    nbio.write_nb(nbio.read_nb(ROOT / "nbs" / page), tmp_path / "page.ipynb")
+    state = json.loads((tmp_path / "page.ipynb").read_text())["metadata"]["widgets"][STATE]["state"]
+    assert state.keys() == json.loads((ROOT / "nbs" / page).read_text())["metadata"]["widgets"][STATE]["state"].keys()
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (7, 7), (40, 1), (1, 5)])
+def test_archive_is_what_compress_stores(g, shape, dtype):
+    vector = {"w": torch.randn(shape, generator=g).to(dtype), "low": (torch.randn(50, 2, generator=g) @ torch.randn(2, 40, generator=g)).to(dtype), "zero": torch.zeros(8, 9, dtype=dtype), "b": torch.randn(5, generator=g).to(dtype)}
+    spectra = task_spectra(vector)
+    for rank in (1, 2, 5, 100):
+        ours, theirs = archive_at(vector, spectra, rank), compress(vector, rank=rank)
+        if dtype != torch.float16: assert (ours.nbytes, ours.factors.keys()) == (theirs.nbytes, theirs.factors.keys())
+        for name, want in theirs.decompress().items():
+            torch.testing.assert_close(ours.decompress()[name], want, atol=2e-2 if dtype == torch.float16 else 1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_report_agrees_with_the_rebuilt_matrix(g, rank):
+    vector = {"w": torch.randn(40, 12, generator=g, dtype=torch.float64) * torch.logspace(0, -2, 12, dtype=torch.float64)}
+    r = rank_report(vector, task_spectra(vector), "w", rank, part=12)
+    U, S, Vh = torch.linalg.svd(vector["w"], full_matrices=False)
+    rebuilt = U[:, :rank] * S[:rank] @ Vh[:rank]
+    assert r.error == pytest.approx(((vector["w"] - rebuilt).norm() / vector["w"].norm()).item(), abs=1e-7)
+    rows = vector["w"].norm(dim=1).topk(12).indices.sort().values
+    torch.testing.assert_close(r.before, vector["w"][rows])
+    torch.testing.assert_close(r.after, rebuilt[rows])
+
+
+def test_zero_matrix_and_single_matrix_can_be_explored(g):
+    e = rank_explorer({"w": torch.randn(9, 6, generator=g), "still": torch.zeros(5, 4)})
+    assert e.move(layer="still")["components"] == "0 of 0" and e.text["relative error"] == "0.000"
+    one = rank_explorer(torch.randn(6, 5, generator=g))
+    assert one.text["components"] == "4 of 5" and one.controls["rank"].options == tuple(rank_steps(5))
+    assert rank_explorer(torch.ones(3, 3)).text["components"] == "1 of 1"
+
+
+def test_curve_is_measured_at_every_stop(vectors):
+    vector = vectors["task0"]
+    asked = []
+    curve = accuracy_curve(vector, task_spectra(vector), lambda archive: asked.append(archive.factors["w"].rank if "w" in archive.factors else 12) or len(asked) / 100)
+    assert list(curve) == rank_steps(12) == [1, 2, 3, 4, 6, 8, 12] and asked[:4] == [1, 2, 3, 4]
+    e = rank_explorer({"t": vector}, {"t": curve})
+    assert e.text["accuracy"] == f"{100 * curve[8]:.1f} %" and e.text["at full rank"] == "7.0 %"
+    with pytest.raises(ValueError, match="rank must be at least 1"): archive_at(vector, task_spectra(vector), 0)
+
+
+# --- whitening -------------------------------------------------------------------------------------------------------------------------------
+
+def test_whitening_is_nearest_and_has_no_order(g):
+    for d, K in ((2, 2), (3, 3), (50, 4)):
+        X = torch.randn(d, K, generator=g, dtype=torch.float64)
+        a, b = whitened(X, range(K)), whitened(X, range(K)[::-1])
+        torch.testing.assert_close(a.polar, b.polar)
+        assert not torch.allclose(a.rival, b.rival) and a.moved(a.polar) < min(a.moved(a.rival), b.moved(b.rival))
+        for o in (a.polar, a.rival): torch.testing.assert_close(o.T @ o, torch.eye(K, dtype=torch.float64))
+        torch.testing.assert_close(a.polar, orthogonalize(X, "svd"))
+
+
+@pytest.mark.parametrize("X, kept", [(plane_vectors([30, 30], [1, .2]), 1), (plane_vectors([30, 210], [1, 1]), 1), (space_vectors(50, 20, 0), 2), (space_vectors(0, 0, 0), 1), (space_vectors(90, 0, 90), 3)])
+def test_dependent_vectors_lose_directions(X, kept):
+    w = whitened(X, range(X.shape[1]))
+    assert w.kept == kept == torch.linalg.matrix_rank(X).item() and w.polar.square().sum().item() == pytest.approx(kept)
+    assert sum(gram_schmidt(X, range(X.shape[1])).norm(dim=0) > .5).item() == kept
+
+
+def test_steps_stay_within_their_budget(g):
+    "The goal is 150 ms a step on 2 cores; of processor time, so that other work on the machine does not count."
+    vector = {f"w{i}": torch.randn(256, 128, generator=g) for i in range(4)}
+    ranks = dict.fromkeys(rank_steps(128), .5)
+    for e, control, values in ((rank_explorer({"t": vector}, {"t": ranks}), "rank", rank_steps(128)[:8]), (whitening_plane(), "angle_b", range(51, 59)), (whitening_space(), "elevation", range(41, 49))):
+        times = []
+        for value in values:
+            start, before = time.process_time(), e.png
+            e.move(**{control: value})
+            times.append(time.process_time() - start)
+            assert e.png != before or value == 8 # where the rank explorer starts
+        assert statistics.median(times) < .3, (e.title, times)
