@@ -24,8 +24,9 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (ROOT / "nbs").exists(
 # page -> explorers on it, in order -> control -> keys to press; each key must change the picture and the numbers
 PAGES = {
     "explore/41_widgets.ipynb": [{"terms": ["ArrowRight", "ArrowRight", "PageUp"]}],
-    "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["ArrowDown"]},
-                                    {"between": ["ArrowRight"], "order": ["ArrowDown"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
+    "explore/41a_rank.ipynb": [{"rank": ["ArrowRight", "ArrowLeft", "End", "Home"], "layer": ["Home"], "task": ["End"]}, {"rank": ["ArrowRight", "ArrowLeft"]}],
+    "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["End"]},
+                                    {"between": ["ArrowRight"], "order": ["End"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
 }
 QUIET = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
          "docmanager-extension/plugin": {"autosave": False}, "notebook-extension/tracker": {"windowingMode": "none"}} # none: all cells are in the page
