@@ -24,11 +24,12 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (ROOT / "nbs").exists(
 # page -> explorers on it, in order -> control -> keys to press; each key must change the picture and the numbers
 PAGES = {
     "explore/41_widgets.ipynb": [{"terms": ["ArrowRight", "ArrowRight", "PageUp"]}],
+    "explore/41a_rank.ipynb": [{"rank": ["ArrowRight", "ArrowLeft", "End", "Home"], "layer": ["Home"], "task": ["End"]}, {"rank": ["ArrowRight", "ArrowLeft"]}],
     "explore/41b_interference.ipynb": [{"rank": ["ArrowRight", "Home", "End"], "task": ["ArrowDown"], "other": ["ArrowUp"], "layer": ["ArrowLeft", "Home"]}],
     "explore/41c_playground.ipynb": [{"alpha": ["ArrowRight", "PageUp"], "task0": ["Space", "Space"], "task1": ["Space"], "task2": ["Space"], "task3": ["Space"],
                                       "method": ["ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp"]}],
-    "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["ArrowDown"]},
-                                    {"between": ["ArrowRight"], "order": ["ArrowDown"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
+    "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["End"]},
+                                    {"between": ["ArrowRight"], "order": ["End"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
 }
 QUIET = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
          "docmanager-extension/plugin": {"autosave": False}, "notebook-extension/tracker": {"windowingMode": "none"}} # none: all cells are in the page

@@ -120,6 +120,7 @@ def accuracy_curve(
 def _scene(limit: int, measured: bool) -> Callable[[Figure, RankReport], list]:
     "A scene for ranks up to `limit`: spectrum, accuracy (or error), and both maps."
     def scene(figure: Figure, result: RankReport) -> list:
+        "Four axes without data."
         spectrum, curve, before, after = (figure.add_axes(o) for o in ([.065, .15, .25, .72], [.385, .15, .25, .72], [.665, .3, .16, .5], [.835, .3, .16, .5]))
         ticks = [k for k in (1, 4, 16, 64, 256, 1024) if k <= limit]
         for ax in (spectrum, curve): ax.set(xscale="log", xlim=(.8, 1.15 * limit), xlabel="components kept")
