@@ -169,12 +169,12 @@ def focus(explorer, control):
 
 
 def press(reader, explorer, control, key):
-    "Press a key on a control; the seconds until the picture and the numbers have both followed, or 2."
+    "Press a key on a control; the seconds until the picture and the numbers have both followed, or 10."
     handle, (src, _, numbers), start = focus(explorer, control), seen(explorer), time.perf_counter()
     handle.press(key)
     moved = """([o, src, numbers]) => o.querySelector('img.tsv-picture').getAttribute('src') !== src
                && [...o.querySelectorAll('.tsv-number b')].some((b, i) => b.innerText !== numbers[i])"""
-    with contextlib.suppress(reader.timeout): reader.page.wait_for_function(moved, arg=[explorer.element_handle(), src, list(numbers)], timeout=2000, polling=5)
+    with contextlib.suppress(reader.timeout): reader.page.wait_for_function(moved, arg=[explorer.element_handle(), src, list(numbers)], timeout=10_000, polling=5)
     took = time.perf_counter() - start
     reader.idle()
     return took
@@ -206,7 +206,7 @@ def test_every_control_moves_the_picture_and_the_numbers(reader):
             reader.shot(explorer, f"{i}-{control}-after")
         assert not explorer.locator(".tsv-error").count()
     assert not same and not reader.errors, (same, reader.errors)
-    assert statistics.median(seconds) < 1, seconds # with the browser's share, on a machine that may be busy
+    assert statistics.median(seconds) < 1.5, seconds # with the browser's share, on a machine that may be busy
 
 
 @pytest.mark.parametrize("reader", [f"trusted/{p}" for p in PAGES], indirect=True, ids=lambda p: Path(p).stem)
