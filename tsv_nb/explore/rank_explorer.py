@@ -120,6 +120,7 @@ def accuracy_curve(
 def _scene(limit: int, measured: bool) -> Callable[[Figure, RankReport], list]:
     "A scene for ranks up to `limit`: spectrum, accuracy (or error), and both maps."
     def scene(figure: Figure, result: RankReport) -> list:
+        "Four axes without data."
         spectrum, curve, before, after = (figure.add_axes(o) for o in ([.065, .15, .25, .72], [.385, .15, .25, .72], [.665, .3, .16, .5], [.835, .3, .16, .5]))
         ticks = [k for k in (1, 4, 16, 64, 256, 1024) if k <= limit]
         for ax in (spectrum, curve): ax.set(xscale="log", xlim=(.8, 1.15 * limit), xlabel="components kept")
@@ -183,7 +184,7 @@ def rank_explorer(
     limit = max(1, max(f.rank for o in spectra.values() for f in o.values()))
     controls = dict(task=W.Dropdown(options=list(vectors), description="task"),
                     layer=W.Dropdown(options=[(_short(n), n) for n in layers], value=max(layers, key=lambda n: spectra[next(iter(vectors))][n].rank), description="matrix"),
-                    rank=W.SelectionSlider(options=rank_steps(limit), value=min(8, limit) if limit != 5 else 4, description="rank", continuous_update=True))
+                    rank=W.SelectionSlider(options=rank_steps(limit), value=min(8, limit), description="rank", continuous_update=True))
     compute = lambda task, layer, rank: rank_report(vectors[task], spectra[task], layer, rank, curves.get(task, {}))
     return Explorer("How many components does this task need?", controls, compute, Picture(_scene(limit, bool(curves)), _marks, (8., 3.2)), rank_numbers,
                     "The singular values with the kept part marked, the accuracy at each rank, and a part of the task matrix before and after.")

@@ -151,7 +151,7 @@ def whitening_plane() -> Explorer:
     angle = lambda value, name: W.IntSlider(value, -90, 180, description=f"angle {name} (°)")
     length = lambda value, name: W.FloatSlider(value=value, min=.1, max=1.6, step=.05, description=f"length {name}")
     controls = dict(angle_a=angle(10, "a"), length_a=length(1., "a"), angle_b=angle(50, "b"), length_b=length(1., "b"),
-                    order=W.Dropdown(options=[("a, then b", (0, 1)), ("b, then a", (1, 0))], description="Gram–Schm."))
+                    order=W.Dropdown(options=[("a, then b", (0, 1)), ("b, then a", (1, 0))], description="GS order"))
     compute = lambda angle_a, length_a, angle_b, length_b, order: (whitened(plane_vectors([angle_a, angle_b], [length_a, length_b]), order), 0.)
     return Explorer("Whitening two vectors in the plane", controls, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
                     "Two arrows, the orthonormal pair nearest to them, Gram–Schmidt's pair, their Gram matrices and singular values.")
@@ -160,8 +160,8 @@ def whitening_plane() -> Explorer:
 def whitening_space() -> Explorer:
     "Three vectors in space: two on the floor, the third above it."
     slider = lambda value, low, high, name: W.IntSlider(value, low, high, description=f"{name} (°)")
-    controls = dict(between=slider(70, 0, 180, "a to b"), azimuth=slider(30, -90, 180, "c around"), elevation=slider(40, 0, 90, "c above"), view=slider(-40, -180, 180, "seen from"),
-                    order=W.Dropdown(options=[("a, b, c", (0, 1, 2)), ("b, c, a", (1, 2, 0)), ("c, b, a", (2, 1, 0))], description="Gram–Schm."))
+    controls = dict(between=slider(70, 0, 180, "a to b"), azimuth=slider(30, -90, 180, "c around"), elevation=slider(40, 0, 90, "c above"), view=slider(-40, -180, 180, "view"),
+                    order=W.Dropdown(options=[("a, b, c", (0, 1, 2)), ("b, c, a", (1, 2, 0)), ("c, b, a", (2, 1, 0))], description="GS order"))
     compute = lambda between, azimuth, elevation, view, order: (whitened(space_vectors(between, azimuth, elevation), order), float(view))
     return Explorer("Whitening three vectors in space", controls, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
                     "Three arrows in space, the orthonormal triple nearest to them, Gram–Schmidt's triple, their Gram matrices and singular values.")
