@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (ROOT / "nbs").exists(
 PAGES = {
     "explore/41_widgets.ipynb": [{"terms": ["ArrowRight", "ArrowRight", "PageUp"]}],
     "explore/41a_rank.ipynb": [{"rank": ["ArrowRight", "ArrowLeft", "End", "Home"], "layer": ["Home"], "task": ["End"]}, {"rank": ["ArrowRight", "ArrowLeft"]}],
-    "explore/41b_interference.ipynb": [{"rank": ["ArrowRight", "Home", "End"], "task": ["ArrowDown"], "other": ["ArrowUp"], "layer": ["ArrowLeft", "Home"]}],
+    "explore/41b_interference.ipynb": [{"rank": ["ArrowRight", "Home", "End"], "task": ["End"], "other": ["Home"], "layer": ["ArrowLeft", "Home"]}],
     "explore/41c_playground.ipynb": [{"alpha": ["ArrowRight", "PageUp"], "task0": ["Space", "Space"], "task1": ["Space"], "task2": ["Space"], "task3": ["Space"],
-                                      "method": ["ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp"]}],
+                                      "method": ["Home", "End"]}],
     "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["End"]},
                                     {"between": ["ArrowRight"], "order": ["End"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
 }
