@@ -6,6 +6,7 @@
 A new explorer is one line in EXPLORERS: how to make it, and which values each control takes in turn. Time is wall time; processor time is beside it, because other work on the machine does not count there.
 """
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--curves", action="store_true"); p.add_argument("--only", nargs="*", choices=EXPLORERS); p.add_argument("--out", type=Path)
     a = p.parse_args(argv)
-    facts = dict(benchmark="widgets", machine=machine("cpu"))
+    facts = dict(benchmark="widgets", machine=machine("cpu"), load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
     if a.curves: return write_json(a.out or HERE / "results" / "rank_curves.json", facts | {"command": "benchmarks/widgets.py --curves", "curves": curves(TASKS)})
     results = {name: measure_explorer(name, TASKS) for name in a.only or EXPLORERS}
     for name, r in results.items(): print(f"{name:18s} {r['steps']:3d} steps, median {r['median_ms']:4.0f} ms, at most {r['max_ms']:4.0f} ms (processor: {r['processor_median_ms']:.0f}, {r['processor_max_ms']:.0f}); goal {GOAL_MS:.0f} ms")

@@ -137,7 +137,7 @@ def test_zero_matrix_and_single_matrix_can_be_explored(g):
     e = rank_explorer({"w": torch.randn(9, 6, generator=g), "still": torch.zeros(5, 4)})
     assert e.move(layer="still")["components"] == "0 of 0" and e.text["relative error"] == "0.000"
     one = rank_explorer(torch.randn(6, 5, generator=g))
-    assert one.text["components"] == "4 of 5" and one.controls["rank"].options == tuple(rank_steps(5))
+    assert one.text["components"] == "5 of 5" and one.controls["rank"].options == tuple(rank_steps(5))
     assert rank_explorer(torch.ones(3, 3)).text["components"] == "1 of 1"
 
 

@@ -220,7 +220,7 @@ def interference_explorer(
     for layer in atlas.layers:
         for k in atlas.scores: collision(atlas, layer, *atlas.tasks[:2], k) # random subspaces are drawn now, not under the reader's hand
     worst, T, ranks = int(atlas.scores[max(atlas.scores)].argmax()), len(atlas.tasks), list(atlas.scores)
-    wide = dict(style=dict(description_width="40px"), layout=W.Layout(width="230px"))
+    wide = dict(style=dict(description_width="50px"), layout=W.Layout(width="230px"))
     controls = dict(layer=W.SelectionSlider(options=[(_short(o), o) for o in atlas.layers], value=atlas.layers[worst // T**2], description="layer", style=wide["style"], layout=W.Layout(width="330px")),
                     rank=W.SelectionSlider(options=ranks, value=ranks[len(ranks) // 2], description="rank", **wide),
                     task=W.Dropdown(options=atlas.tasks, value=atlas.tasks[worst // T % T], description="task", **wide),

@@ -183,8 +183,8 @@ def _controls(table: MergeTable) -> dict[str, W.Widget]:
     "A box for each task, the method, and the scale, which sleeps while the method has none."
     first = "tsv" if "tsv" in table.methods else table.methods[-1]
     boxes = {f"task{i}": W.Checkbox(i < 3, description=t, indent=False, layout=W.Layout(width="105px")) for i, t in enumerate(table.tasks)}
-    method = W.Dropdown(options=[(MERGE_METHODS[m].title, m) for m in table.methods], value=first, description="method", style=dict(description_width="50px"), layout=W.Layout(width="250px"))
-    alpha = W.SelectionSlider(options=[(f"{a:g}", a) for a in table.alphas], value=min(table.alphas, key=lambda a: abs(a - 1)), description="alpha", style=dict(description_width="50px"), layout=W.Layout(width="400px"))
+    method = W.Dropdown(options=[(MERGE_METHODS[m].title, m) for m in table.methods], value=first, description="method", style=dict(description_width="62px"), layout=W.Layout(width="250px"))
+    alpha = W.SelectionSlider(options=[(f"{a:g}", a) for a in table.alphas], value=min(table.alphas, key=lambda a: abs(a - 1)), description="alpha", style=dict(description_width="62px"), layout=W.Layout(width="400px"))
     method.observe(lambda change: setattr(alpha, "disabled", len(table.scales(change.new)) == 1), "value")
     return {**boxes, "method": method, "alpha": alpha}
 

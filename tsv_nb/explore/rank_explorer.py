@@ -184,7 +184,7 @@ def rank_explorer(
     limit = max(1, max(f.rank for o in spectra.values() for f in o.values()))
     controls = dict(task=W.Dropdown(options=list(vectors), description="task"),
                     layer=W.Dropdown(options=[(_short(n), n) for n in layers], value=max(layers, key=lambda n: spectra[next(iter(vectors))][n].rank), description="matrix"),
-                    rank=W.SelectionSlider(options=rank_steps(limit), value=min(8, limit) if limit != 5 else 4, description="rank", continuous_update=True))
+                    rank=W.SelectionSlider(options=rank_steps(limit), value=min(8, limit), description="rank", continuous_update=True))
     compute = lambda task, layer, rank: rank_report(vectors[task], spectra[task], layer, rank, curves.get(task, {}))
     return Explorer("How many components does this task need?", controls, compute, Picture(_scene(limit, bool(curves)), _marks, (8., 3.2)), rank_numbers,
                     "The singular values with the kept part marked, the accuracy at each rank, and a part of the task matrix before and after.")
