@@ -46,7 +46,7 @@ def _errors(cell: NotebookNode) -> list[NotebookNode]:
     "A cell's errors, without the rest: nbgrader takes a warning for a failure, and a number for a partial score."
     return [o for o in cell.outputs if o.output_type == "error"]
 
-# %% ../../nbs/course/51b_autograder.ipynb #b91bc620
+# %% ../../nbs/course/51b_autograder.ipynb #7a222041
 _INTACT = """
 import builtins as _b, torch as _t
 from tsv_nb.course import grading as _g
@@ -61,7 +61,7 @@ _must_fail(_g.check_raises, ValueError, lambda: 0, "")
 if _t.allclose(_t.zeros(2), _t.ones(2)) or _t.equal(_t.zeros(2), _t.ones(2)) or isinstance(1, str) or len([1]) != 1: raise RuntimeError("a function that tests rely on has been replaced")
 for _k in ("check_close", "check_equal", "check_state", "check_raises", "check_untouched"):
     if globals().get(_k, getattr(_g, _k)) is not getattr(_g, _k): raise RuntimeError("a check of the course has been replaced")
-if [_k for _k in vars(_b) if _k in globals() and not _k.startswith("_")] or globals().get("torch", _t) is not _t: raise RuntimeError("a name that tests rely on has been replaced")
+if [_k for _k in vars(_b) if _k in globals() and not _k.startswith("_") and _k not in ("open", "exit", "quit", "display", "get_ipython")] or globals().get("torch", _t) is not _t: raise RuntimeError("a name that tests rely on has been replaced")
 if get_ipython().ast_transformers or get_ipython().input_transformers_post: raise RuntimeError("cells are being rewritten")
 """
 _FORGET = """
