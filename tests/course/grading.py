@@ -13,15 +13,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CASES = {p.stem: runpy.run_path(str(p)) for p in sorted(HERE.glob("ps*.py"))}
 STUDENTS = ("reference", "wrong", "hostile")
-SECONDS, MEMORY = 12, 1.5 # per cell; GiB
+SECONDS, MEMORY = int(os.environ.get("TSV_COURSE_SECONDS", 15)), 1.5 # per cell; GiB
 
 
-def environment(home, seconds=SECONDS):
+def environment(home):
     "Variables for nbgrader: nothing of the user's, nothing left behind in his folders."
     places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="run", IPYTHONDIR="ipython", MPLCONFIGDIR="mpl")
     path = os.pathsep.join([str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, **{k: str(home / v) for k, v in places.items()}, "JUPYTER_PLATFORM_DIRS": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-            "TSV_COURSE_SECONDS": str(seconds), "TSV_COURSE_MEMORY": str(MEMORY)}
+            "TSV_COURSE_SECONDS": str(SECONDS), "TSV_COURSE_MEMORY": str(MEMORY)}
 
 
 def nbgrader(course, *args):
@@ -88,5 +88,8 @@ def hidden_lines(course, ps):
             for part in re.findall(rf"BEGIN {name}\n(.*?)### END {name}", source(c), re.S):
                 secret[kind] |= {line.strip() for line in part.splitlines() if len(line.strip()) > 20}
                 left = left.replace(part, "")
+        if meta(c).get("solution") and left == source(c): # without a region, the whole cell is the solution
+            secret["solutions"] |= {line.strip() for line in left.splitlines() if len(line.strip()) > 20}
+            continue
         shown |= {line.strip() for line in left.splitlines()}
     return {kind: lines - shown for kind, lines in secret.items()}

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GuardedExecute', 'HideTests', 'configure']
 
-# %% ../../nbs/course/51b_autograder.ipynb #922e5282
+# %% ../../nbs/course/51b_autograder.ipynb #08c33992
+import ast
 import os
 import re
 import secrets
@@ -20,10 +21,10 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 from nbgrader.preprocessors import (AssignLatePenalties, CheckCellMetadata, Execute, GetGrades, IgnorePattern, LimitOutput, NbGraderPreprocessor,
                                     SaveAutoGrades)
-from nbgrader.utils import is_grade, is_solution
+from nbgrader.utils import is_grade, is_locked, is_solution
 from traitlets import Float
 
-# %% ../../nbs/course/51b_autograder.ipynb #56c14842
+# %% ../../nbs/course/51b_autograder.ipynb #acd92690
 def _is_test(cell: NotebookNode) -> bool:
     "Whether a cell holds tests."
     return cell.cell_type == "code" and is_grade(cell) and not is_solution(cell)
@@ -34,11 +35,18 @@ def _failed(name: str, message: str) -> NotebookNode:
     return new_output("error", ename=name, evalue=message, traceback=[f"{name}: {message}"])
 
 
+def _definitions(source: str) -> str:
+    "The functions, classes and imports of a cell, without what it computes."
+    try: body = ast.parse(source).body
+    except SyntaxError: return "" # a magic, say
+    return "\n".join(ast.unparse(node) for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)))
+
+
 def _errors(cell: NotebookNode) -> list[NotebookNode]:
     "A cell's errors, without the rest: nbgrader takes a warning for a failure, and a number for a partial score."
     return [o for o in cell.outputs if o.output_type == "error"]
 
-# %% ../../nbs/course/51b_autograder.ipynb #6db66d25
+# %% ../../nbs/course/51b_autograder.ipynb #b91bc620
 _INTACT = """
 import builtins as _b, torch as _t
 from tsv_nb.course import grading as _g
@@ -51,16 +59,19 @@ _must_fail(_g.check_equal, 1, 2, "")
 _must_fail(_g.check_state, {}, {"w": _t.ones(1)}, "")
 _must_fail(_g.check_raises, ValueError, lambda: 0, "")
 if _t.allclose(_t.zeros(2), _t.ones(2)) or _t.equal(_t.zeros(2), _t.ones(2)) or isinstance(1, str) or len([1]) != 1: raise RuntimeError("a function that tests rely on has been replaced")
+for _k in ("check_close", "check_equal", "check_state", "check_raises", "check_untouched"):
+    if globals().get(_k, getattr(_g, _k)) is not getattr(_g, _k): raise RuntimeError("a check of the course has been replaced")
+if [_k for _k in vars(_b) if _k in globals() and not _k.startswith("_")] or globals().get("torch", _t) is not _t: raise RuntimeError("a name that tests rely on has been replaced")
 if get_ipython().ast_transformers or get_ipython().input_transformers_post: raise RuntimeError("cells are being rewritten")
 """
 _FORGET = """
 import gc as _gc, linecache as _l, sys as _s
 for _k in ("last_exc", "last_type", "last_value", "last_traceback"): _s.__dict__.pop(_k, None) # they hold the memory of what failed
 _gc.collect()
-for _k in [k for k in _l.cache if "ipykernel" in k or k.startswith("<")]: _l.cache.pop(_k, None)
+for _k in [k for k, v in _l.cache.items() if TOKEN in str(v)]: _l.cache.pop(_k, None)
 """
 
-# %% ../../nbs/course/51b_autograder.ipynb #bfc7fc8e
+# %% ../../nbs/course/51b_autograder.ipynb #e98befb5
 class GuardedExecute(Execute):
     "Run a submission: a cell that hangs, dies or breaks the rules loses its own points and no others."
     interrupt_on_timeout, shutdown_kernel = False, "immediate" # the kernel is replaced instead
@@ -69,7 +80,7 @@ class GuardedExecute(Execute):
     def preprocess(self, nb, resources, km=None):
         folder = Path(resources["metadata"]["path"]).resolve()
         on_disk = folder / f"{resources['nbgrader']['notebook']}.ipynb"
-        self.root, self.worked, self.charge, self.after_test, self.group, self.guarded = os.getcwd(), [], "", False, 0, None
+        self.root, self.worked, self.charge, self.after_test, self.group, self.guarded, self.given = os.getcwd(), [], "", False, 0, None, ""
         with tempfile.TemporaryDirectory() as tmp:
             self.log_file, work = Path(tmp) / "refused", Path(tmp) / "work"
             shutil.copytree(folder, work, ignore=shutil.ignore_patterns("*.ipynb"))
@@ -115,7 +126,7 @@ def _restart(self: GuardedExecute):
     self.start_new_kernel_client()
     self._protect()
 
-# %% ../../nbs/course/51b_autograder.ipynb #89e658ba
+# %% ../../nbs/course/51b_autograder.ipynb #15ac1eb5
 @patch
 def _problem(self: GuardedExecute, run, *args) -> str: # what is wrong, or ""
     "Run something in the kernel, and say what rule it broke, if any."
@@ -134,7 +145,9 @@ def _run_cell(self: GuardedExecute, cell, index: int) -> str:
     "Run a cell of the notebook; a test has to show its token, unless it failed in an ordinary way."
     token, test = secrets.token_hex(8), _is_test(cell)
     copy = new_code_cell(cell.source + f"\nprint({token!r})" if test else cell.source, metadata=cell.metadata)
-    try: self.execute_cell(copy, index, store_history=not test)
+    try:
+        self.execute_cell(copy, index, store_history=not test)
+        if test: self._quiet(_FORGET.replace("TOKEN", repr(token)))
     finally:
         self.nb.cells[index], cell.execution_count = cell, copy.execution_count
         cell.outputs = _errors(copy) if test else copy.outputs
@@ -146,12 +159,14 @@ def _trusted(self: GuardedExecute) -> str: # what is wrong, or ""
     "Whether the checks still check; if not, go on in a new kernel without the cells that may have changed them."
     token = secrets.token_hex(8)
     said = self._quiet(f"{_INTACT}\nprint({token!r})").strip()
-    if token in said: return ""
+    if token in said:
+        self._quiet(self.given) # what the locked cells define is defined anew
+        return ""
     del self.worked[self.group:]
     self._restart()
     return f"the tests could not be trusted after your code above ran ({said or 'no answer'})"
 
-# %% ../../nbs/course/51b_autograder.ipynb #b7ed3c06
+# %% ../../nbs/course/51b_autograder.ipynb #4d18bf42
 @patch
 def preprocess_cell(self: GuardedExecute, cell, resources, index):
     "Run a cell and write down what was wrong with it."
@@ -164,8 +179,9 @@ def preprocess_cell(self: GuardedExecute, cell, resources, index):
     elif why := self._problem(self._run_cell, cell, index):
         cell.outputs.append(_failed("Stopped", why))
         if not test: self.charge = f"your code above was stopped: {why}"
-    elif not test: self.worked.append(cell.source)
-    if test: self._problem(self._quiet, _FORGET)
+    elif not test:
+        self.worked.append(cell.source)
+        if is_locked(cell): self.given += _definitions(cell.source) + "\n"
     return cell, resources
 
 # %% ../../nbs/course/51b_autograder.ipynb #fb3ce416
