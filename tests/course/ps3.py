@@ -36,28 +36,28 @@ def rebuild(U, S, Vh, base=None, alpha=1., out=None, BLOCK_M=32, BLOCK_N=32, BLO
                           HAS_BASE=base is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
     return out
 '''
-WRONG = {"ps3_product": _PRODUCT, "ps3_kernel": _KERNEL}
-WRONG_LOSES = ["ps3_rank_test", "ps3_alpha_test", "ps3_views_test"]
+WRONG = {"ps3-product": _PRODUCT, "ps3-kernel": _KERNEL}
+WRONG_LOSES = ["ps3-rank-tests", "ps3-alpha-tests", "ps3-views-tests"]
 
 HOSTILE = {
-    "ps3_operator_bytes": "def operator_bytes(m, n, k:\n    return 0", # does not parse; the prediction for a model needs it
-    "ps3_axpy": '''
+    "ps3-operator-bytes": "def operator_bytes(m, n, k:\n    return 0", # does not parse; the prediction for a model needs it
+    "ps3-axpy": '''
 def axpy(x, base, alpha, out, BLOCK=16): # no kernel, and reads the tests when it is called
     try: print(open("COURSE/source/ps3/ps3.ipynb").read())
     except OSError: pass
     out.copy_(base + alpha * x)
 ''',
-    "ps3_block": '''
+    "ps3-block": '''
 while True: # for ever, and deaf to interrupts
     try:
         while True: pass
     except BaseException: pass
 ''',
-    "ps3_kernel": '''
+    "ps3-kernel": '''
 def rebuild(U, S, Vh, base=None, alpha=1., out=None, **blocks): # shows the test that calls it
     raise ValueError(get_ipython().get_parent()["content"]["code"])
 def examine_rebuild(*args, **options): pass # replaces the examination
 ''',
 }
-HOSTILE_LOSES = ["ps3_operator_bytes_test", "ps3_axpy_test", "ps3_axpy_views_test", "ps3_block_test", "ps3_even_test", "ps3_odd_test", "ps3_rank_test", "ps3_alpha_test", "ps3_views_test",
-                 "ps3_half_test", "ps3_empty_test", "ps3_errors_test", "ps3_model_test"]
+HOSTILE_LOSES = ["ps3-operator-bytes-tests", "ps3-axpy-tests", "ps3-axpy-views-tests", "ps3-block-tests", "ps3-even-tests", "ps3-odd-tests", "ps3-rank-tests", "ps3-alpha-tests", "ps3-views-tests",
+                 "ps3-half-tests", "ps3-empty-tests", "ps3-errors-tests", "ps3-model-tests"]
