@@ -71,7 +71,7 @@ _gc.collect()
 for _k in [k for k, v in _l.cache.items() if TOKEN in str(v)]: _l.cache.pop(_k, None)
 """
 
-# %% ../../nbs/course/51b_autograder.ipynb #e98befb5
+# %% ../../nbs/course/51b_autograder.ipynb #23b2f81c
 class GuardedExecute(Execute):
     "Run a submission: a cell that hangs, dies or breaks the rules loses its own points and no others."
     interrupt_on_timeout, shutdown_kernel = False, "immediate" # the kernel is replaced instead
@@ -81,6 +81,7 @@ class GuardedExecute(Execute):
         folder = Path(resources["metadata"]["path"]).resolve()
         on_disk = folder / f"{resources['nbgrader']['notebook']}.ipynb"
         self.root, self.worked, self.charge, self.after_test, self.group, self.guarded, self.given = os.getcwd(), [], "", False, 0, None, ""
+        self.extra_arguments = ["--IPKernelApp.log_level=40"] # a kernel's remarks about its transport are no output of a cell
         with tempfile.TemporaryDirectory() as tmp:
             self.log_file, work = Path(tmp) / "refused", Path(tmp) / "work"
             shutil.copytree(folder, work, ignore=shutil.ignore_patterns("*.ipynb"))
