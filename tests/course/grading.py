@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CASES = {p.stem: runpy.run_path(str(p)) for p in sorted(HERE.glob("ps*.py"))}
 STUDENTS = ("reference", "wrong", "hostile")
-SECONDS, MEMORY = int(os.environ.get("TSV_COURSE_SECONDS", 15)), 1.5 # per cell; GiB
+SECONDS, MEMORY = int(os.environ.get("TSV_COURSE_SECONDS", 30)), 1.5 # per cell; GiB
 
 
 def environment(home):
