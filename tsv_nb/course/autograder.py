@@ -167,7 +167,7 @@ def _trusted(self: GuardedExecute) -> str: # what is wrong, or ""
     self._restart()
     return f"the tests could not be trusted after your code above ran ({said or 'no answer'})"
 
-# %% ../../nbs/course/51b_autograder.ipynb #4d18bf42
+# %% ../../nbs/course/51b_autograder.ipynb #fd49a10f
 @patch
 def preprocess_cell(self: GuardedExecute, cell, resources, index):
     "Run a cell and write down what was wrong with it."
@@ -183,6 +183,7 @@ def preprocess_cell(self: GuardedExecute, cell, resources, index):
     elif not test:
         self.worked.append(cell.source)
         if is_locked(cell): self.given += _definitions(cell.source) + "\n"
+    if any("memory" in f"{o.ename} {o.evalue}".lower() for o in _errors(cell)): self._restart() # what it holds cannot be taken back
     return cell, resources
 
 # %% ../../nbs/course/51b_autograder.ipynb #fb3ce416
