@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("nbgrader")
 sys.path.insert(0, str(Path(__file__).with_name("course")))
@@ -19,10 +20,15 @@ SETS = sorted(CASES)
 
 @pytest.fixture(scope="module")
 def courses(tmp_path_factory):
-    "One course folder per problem set, graded two at a time."
-    folders = {ps: tmp_path_factory.mktemp(ps) / "course" for ps in SETS}
-    with ThreadPoolExecutor(2) as pool: list(pool.map(lambda ps: run_course(folders[ps], [ps], together=True), SETS))
-    return folders
+    "One course folder per problem set, graded two at a time, once for all workers."
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "courses"
+    folders = {ps: root / ps for ps in SETS}
+    with FileLock(f"{root}.lock"):
+        if not (root / "done").exists():
+            with ThreadPoolExecutor(2) as pool: list(pool.map(lambda ps: run_course(folders[ps] / "course", [ps], together=True), SETS))
+            (root / "done").touch()
+    return {ps: folder / "course" for ps, folder in folders.items()}
 
 
 def test_there_are_three_problem_sets():
