@@ -225,6 +225,10 @@ def test_saved_widgets_say_that_nobody_answers(reader):
 
 
 DRAGS = [("a", (10, 1.), (120, 1.3)), ("b", (50, 1.), (-35, .7)), ("b", (-35, .7), (-60, 1.6)), ("a", (120, 1.3), (90, .1))] # vector, from, to: angle and length
+BURST = """([o, x, y, u, v]) => { // forty moves at once, and the pictures they cause
+    const picture = o.querySelector('img.tsv-picture').parentElement;
+    window.pictures = 0; window.watch?.disconnect(); window.watch = new MutationObserver(() => window.pictures++); window.watch.observe(picture, {childList: true});
+    for (let k = 1; k <= 40; k++) document.dispatchEvent(new PointerEvent('pointermove', {buttons: 1, clientX: x + (u - x) * k / 40, clientY: y + (v - y) * k / 40})) }"""
 
 
 @pytest.mark.parametrize("reader", ["explore/41d_whitening.ipynb"], indirect=True, ids=["41d_whitening"])
@@ -255,10 +259,12 @@ def test_vectors_are_dragged_with_the_mouse(reader):
             reader.page.mouse.move(x + (u - x) * k / 6, y + (v - y) * k / 6)
             reader.page.wait_for_function("([o, src]) => o.querySelector('img.tsv-picture').getAttribute('src') !== src", arg=[explorer.element_handle(), before], timeout=10_000, polling=5)
             seconds.append(time.perf_counter() - t)
-        reader.page.mouse.move(u, v, steps=40) # faster than anybody can draw
+        reader.page.evaluate(BURST, [explorer.element_handle(), x, y, u, v])
+        reader.page.mouse.move(u, v)
         reader.page.mouse.up()
-        shown = "([o, want]) => want.every(([name, value]) => Number(o.querySelector(`.tsv-control-${name} .widget-readout`).innerText) === value)"
-        reader.page.wait_for_function(shown, arg=[explorer.element_handle(), [[f"angle_{name}", end[0]], [f"length_{name}", end[1]]]], timeout=10_000)
+        shown = "([o, want]) => want.every(([name, value]) => Number(o.querySelector(`.tsv-control-${name} .widget-readout`).innerText.replace('−', '-')) === value)"
+        with contextlib.suppress(reader.timeout): reader.page.wait_for_function(shown, arg=[explorer.element_handle(), [[f"angle_{name}", end[0]], [f"length_{name}", end[1]]]], timeout=10_000)
+        assert [float(explorer.locator(f".tsv-control-{o}_{name} .widget-readout").inner_text().replace("−", "-")) for o in ("angle", "length")] == list(end)
         reader.idle()
         new = seen(explorer)
         reader.shot(explorer, f"drag{i}-after")
@@ -266,6 +272,7 @@ def test_vectors_are_dragged_with_the_mouse(reader):
         reader.page.wait_for_timeout(300)
         assert seen(explorer) == new and all(a != b for a, b in zip(old, new))
         here.move(**{f"angle_{name}": end[0], f"length_{name}": end[1]})
+        assert 1 <= reader.page.evaluate("window.pictures") <= 3 # one that was being answered, and the last
         assert new[2] == tuple(here.text.values()) # what the same sliders give here
         assert not explorer.locator(".widget-html[style*=grabbing]").count()
     print(f"a drag step: median {1000 * statistics.median(seconds):.0f} ms, longest {1000 * max(seconds):.0f} ms")

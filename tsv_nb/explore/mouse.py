@@ -71,10 +71,12 @@ _MOUSE = """export default { initialize({ model }) {
     send();
   };
   const release = e => { if (picture) { say("release", e); picture.style.cursor = ""; picture = null } };
+  const inside = e => e.button === 0 && e.pointerType !== "touch" && e.target.matches?.(`${place()} img`);
   const ears = {
-    mousedown: e => { if (e.button === 0 && e.target.matches?.(`${place()} img`)) { e.preventDefault(); picture = e.target.closest(place()); say("press", e) } },
-    mousemove: e => { if (picture) e.buttons & 1 ? say("move", e) : release(e) },
-    mouseup: release,
+    pointerdown: e => { if (inside(e)) { picture = e.target.closest(place()); say("press", e) } },
+    pointermove: e => { if (picture) e.buttons & 1 ? say("move", e) : release(e) },
+    pointerup: release, pointercancel: release,
+    mousedown: e => { if (inside(e)) e.preventDefault() }, // or the browser would drag the image itself
   };
   for (const [name, ear] of Object.entries(ears)) document.addEventListener(name, ear);
   model.on("msg:custom", answer => {
