@@ -222,3 +222,59 @@ def test_saved_widgets_say_that_nobody_answers(reader):
         reader.page.wait_for_timeout(500)
         expect_notice(explorer)
         assert seen(explorer) == before
+
+
+DRAGS = [("a", (10, 1.), (120, 1.3)), ("b", (50, 1.), (-35, .7)), ("b", (-35, .7), (-60, 1.6)), ("a", (120, 1.3), (90, .1))] # vector, from, to: angle and length
+BURST = """([o, x, y, u, v]) => { // forty moves at once, and the pictures they cause
+    const picture = o.querySelector('img.tsv-picture').parentElement;
+    window.pictures = 0; window.watch?.disconnect(); window.watch = new MutationObserver(() => window.pictures++); window.watch.observe(picture, {childList: true});
+    for (let k = 1; k <= 40; k++) document.dispatchEvent(new PointerEvent('pointermove', {buttons: 1, clientX: x + (u - x) * k / 40, clientY: y + (v - y) * k / 40})) }"""
+
+
+@pytest.mark.parametrize("reader", ["explore/41d_whitening.ipynb"], indirect=True, ids=["41d_whitening"])
+def test_vectors_are_dragged_with_the_mouse(reader):
+    pytest.importorskip("anywidget")
+    from test_explorers import in_picture
+    from tsv_nb.explore.whitening_explorer import whitening_plane
+    here, seconds = whitening_plane(), []
+    reader.run_all()
+    explorer = reader.explorers(".jupyter-widgets")[0]
+    reader.page.wait_for_function("o => o.querySelector('.tsv-hint').innerText.includes('with the mouse')", arg=explorer.element_handle(), timeout=10_000)
+    image = explorer.locator("img.tsv-picture")
+    for i, (name, start, end) in enumerate(DRAGS):
+        reader.page.set_viewport_size(dict(width=1280 if i < 2 else 900, height=1000)) # in the second the picture is scaled
+        image.scroll_into_view_if_needed()
+        reader.idle()
+        box, old = image.bounding_box(), seen(explorer)
+        assert (box["width"] < 800) == (i >= 2), box
+        def at(angle, length): return [box[o] + box[size] * f for o, size, f in zip("xy", ("width", "height"), in_picture(here, angle, length))]
+        (x, y), (u, v) = at(*start), at(*end)
+        reader.shot(explorer, f"drag{i}-before")
+        reader.page.mouse.move(x + 6, y - 4) # near the tip
+        reader.page.mouse.down()
+        explorer.locator(".widget-html[style*=grabbing]").wait_for(timeout=10_000)
+        assert seen(explorer) == old
+        for k in range(1, 6):
+            before, t = image.get_attribute("src"), time.perf_counter()
+            reader.page.mouse.move(x + (u - x) * k / 6, y + (v - y) * k / 6)
+            reader.page.wait_for_function("([o, src]) => o.querySelector('img.tsv-picture').getAttribute('src') !== src", arg=[explorer.element_handle(), before], timeout=10_000, polling=5)
+            seconds.append(time.perf_counter() - t)
+        reader.page.evaluate(BURST, [explorer.element_handle(), x, y, u, v])
+        reader.page.mouse.move(u, v)
+        reader.page.mouse.up()
+        shown = "([o, want]) => want.every(([name, value]) => Number(o.querySelector(`.tsv-control-${name} .widget-readout`).innerText.replace('−', '-')) === value)"
+        with contextlib.suppress(reader.timeout): reader.page.wait_for_function(shown, arg=[explorer.element_handle(), [[f"angle_{name}", end[0]], [f"length_{name}", end[1]]]], timeout=10_000)
+        assert [float(explorer.locator(f".tsv-control-{o}_{name} .widget-readout").inner_text().replace("−", "-")) for o in ("angle", "length")] == list(end)
+        reader.idle()
+        new = seen(explorer)
+        reader.shot(explorer, f"drag{i}-after")
+        reader.page.mouse.move(x, y) # let go: nothing follows any more
+        reader.page.wait_for_timeout(300)
+        assert seen(explorer) == new and all(a != b for a, b in zip(old, new))
+        here.move(**{f"angle_{name}": end[0], f"length_{name}": end[1]})
+        assert 1 <= reader.page.evaluate("window.pictures") <= 3 # one that was being answered, and the last
+        assert new[2] == tuple(here.text.values()) # what the same sliders give here
+        assert not explorer.locator(".widget-html[style*=grabbing]").count()
+    print(f"a drag step: median {1000 * statistics.median(seconds):.0f} ms, longest {1000 * max(seconds):.0f} ms")
+    assert not explorer.locator(".tsv-error").count() and not reader.errors, reader.errors
+    assert statistics.median(seconds) < 1.5, seconds

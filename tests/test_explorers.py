@@ -13,6 +13,7 @@ pytest.importorskip("ipywidgets")
 import ipywidgets as W
 
 from tsv_nb import compress, orthogonalize
+from tsv_nb.explore.mouse import at_pixel, nearest_stop, nearest_tip
 from tsv_nb.explore.rank_explorer import accuracy_curve, archive_at, rank_explorer, rank_report, rank_steps, task_spectra
 from tsv_nb.explore.whitening_explorer import gram_schmidt, plane_vectors, space_vectors, whitened, whitening_plane, whitening_space
 from tsv_nb.explore.widgets import Explorer, Picture
@@ -170,6 +171,103 @@ def test_dependent_vectors_lose_directions(X, kept):
     w = whitened(X, range(X.shape[1]))
     assert w.kept == kept == torch.linalg.matrix_rank(X).item() and w.polar.square().sum().item() == pytest.approx(kept)
     assert sum(gram_schmidt(X, range(X.shape[1])).norm(dim=0) > .5).item() == kept
+
+
+# --- the mouse -------------------------------------------------------------------------------------------------------------------------------
+
+def in_picture(plane, angle, length):
+    "Where matplotlib draws a vector's tip, as fractions of the picture from its upper left corner."
+    x, y = plane.picture.axes[0].transData.transform(plane_vectors([angle], [length])[:, 0].numpy())
+    return x / plane.picture.pixels[0], 1 - y / plane.picture.pixels[1]
+
+
+@pytest.fixture(scope="module")
+def plane(): return whitening_plane()
+
+
+@pytest.mark.parametrize("angle", [-90, -45, 0, 17, 90, 133, 180])
+@pytest.mark.parametrize("length", [.1, .85, 1.6])
+def test_mouse_finds_the_place_and_moves_the_sliders_there(plane, angle, length):
+    x, y = in_picture(plane, angle, length)
+    for scale in (1, .37): # what a browser computes from a scaled picture: (position - edge) / size
+        width, height = (scale * o for o in plane.picture.pixels)
+        pixel = (width * x / scale, height * y / scale)
+        got = at_pixel(plane.picture.axes[0], pixel)
+        assert got[1] == pytest.approx(length, abs=1e-9) and (got[0] - angle + 180) % 360 - 180 == pytest.approx(0, abs=1e-9)
+    for name in "ab":
+        plane.move(angle_a=10, length_a=1., angle_b=50, length_b=1.)
+        before = plane.png
+        plane.mouse.hear("press", *in_picture(plane, *dict(a=(10, 1), b=(50, 1))[name]))
+        assert plane.mouse.held == "ab".index(name) and plane.png == before
+        plane.mouse.hear("move", *in_picture(plane, 70, .5))
+        assert plane.mouse.held is not None and (plane.values[f"angle_{name}"], plane.values[f"length_{name}"]) == (70, .5)
+        plane.mouse.hear("release", x, y)
+        assert plane.mouse.held is None and plane.values | {f"angle_{name}": angle, f"length_{name}": length} == plane.values
+        assert plane.controls[f"angle_{name}"].value == angle and plane.png != before
+        other = {"a": ("angle_b", 50), "b": ("angle_a", 10)}[name]
+        assert plane.values[other[0]] == other[1]
+
+
+def test_nothing_is_taken_beside_the_axes_or_far_from_a_tip(plane):
+    plane.move(angle_a=10, length_a=1., angle_b=50, length_b=1.)
+    before, box = dict(plane.values), plane.picture.axes[0].bbox
+    width, height = plane.picture.pixels
+    for pixel in ((box.x1 + 1, height / 2), (box.x0 - 1, height / 2), (box.x0 + 50, height - box.y1 - 1), (box.x0 + 50, height - box.y0 + 1)):
+        assert at_pixel(plane.picture.axes[0], pixel) is None and at_pixel(plane.picture.axes[0], pixel, held=True)
+    assert at_pixel(plane.picture.axes[0], (box.x1 - 1, height / 2)) and at_pixel(plane.picture.axes[0], (box.x0 + 50, height - box.y1 + 1))
+    for x, y in ((.9, .5), (-3, 0), in_picture(plane, 10, 0), in_picture(plane, 180, 1)):
+        for what in ("press", "move", "release"): plane.mouse.hear(what, x, y)
+        assert plane.mouse.held is None and plane.values == before
+    plane.mouse.hear("press", *in_picture(plane, 50, 1))
+    plane.mouse.hear("move", 3., in_picture(plane, 0, 1)[1]) # far outside: the direction counts, and the length ends with its slider
+    assert (plane.values["angle_b"], plane.values["length_b"]) == (0, 1.6)
+    plane.mouse.hear("release", *in_picture(plane, -100, .01))
+    assert (plane.values["angle_b"], plane.values["length_b"]) == (-90, .1)
+
+
+def test_stops_and_tips():
+    tips = plane_vectors([0, 60, 60], [1, 1, .5]).numpy()
+    assert [nearest_tip(tips, o) for o in ((5, 1.1), (60, .8), (60, .7), (-60, 1), (360, 1))] == [0, 1, 2, None, 0]
+    assert [nearest_stop(o, -90, 180, 1, 360) for o in (179.6, 180.4, 224, 226, -134, -136, -90.4, 721)] == [180, 180, 180, -90, -90, 180, -90, 1]
+    assert [nearest_stop(o, .1, 1.6, .05) for o in (-1, .124, .126, 1.59, 7)] == [.1, .1, .15, 1.6, 1.6]
+
+
+def test_a_drag_is_one_step_and_is_answered_even_if_it_fails(plane, monkeypatch):
+    plane.move(angle_a=10, length_a=1., angle_b=50, length_b=1.)
+    steps, answers = [], []
+    monkeypatch.setattr(plane, "compute", lambda **values: steps.append(values) or whitening_plane().result)
+    monkeypatch.setattr(plane.mouse, "ears", type("Ears", (), {"send": lambda self, o: answers.append(o["held"])})())
+    plane.mouse.hear("press", *in_picture(plane, 50, 1))
+    plane.mouse.hear("move", *in_picture(plane, 70, .5)) # angle and length
+    assert len(steps) == 1 and answers == [True, True]
+    monkeypatch.setattr(plane, "compute", lambda **values: 1 / 0)
+    with pytest.raises(ZeroDivisionError): plane.mouse.hear("release", *in_picture(plane, 80, 1))
+    assert answers == [True, True, False]
+    monkeypatch.undo()
+    plane.move(angle_b=50, length_b=1.)
+    assert "tsv-error" not in plane._line.value
+
+
+def test_the_mouse_listens_only_when_somebody_is_there():
+    pytest.importorskip("anywidget")
+    p = whitening_plane()
+    assert p.mouse.ears is None and "with the sliders." in p.mouse.hint.value # nothing of it in a saved page
+    p.controls["angle_a"].set_state({"value": 11})
+    ears = p.mouse.ears
+    assert ears.place in p._picture._dom_classes
+    p.notice.layout.display = None
+    p.notice.hide()
+    assert p.mouse.ears is ears
+    ears._handle_custom_msg({"what": "ready"}, [])
+    assert "with the mouse" in p.mouse.hint.value
+
+
+def test_without_anywidget_there_are_sliders_and_a_line_that_says_so():
+    code = """import sys; sys.modules['anywidget'] = None
+from tsv_nb.explore.whitening_explorer import whitening_plane
+p = whitening_plane(); p.controls['angle_b'].set_state({'value': 51}); print(p.values['angle_b'], p.notice.layout.display, p.mouse.ears, p.mouse.hint.value)"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0 and "51 none None" in out.stdout and "pip install 'tsv-nb[widgets]'" in out.stdout, out.stderr
 
 
 def test_steps_stay_within_their_budget(g):

@@ -16,6 +16,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .mouse import Mouse
 from .widgets import Explorer, Picture, need
 from ..polar import orthogonalize
 
@@ -147,14 +148,16 @@ def whitening_numbers(
 
 # %% ../../nbs/explore/41d_whitening.ipynb #2601aae7
 def whitening_plane() -> Explorer:
-    "Two vectors in the plane, moved by their angles and lengths."
+    "Two vectors in the plane, moved by the mouse, or by their angles and lengths."
     angle = lambda value, name: W.IntSlider(value, -90, 180, description=f"angle {name} (°)")
     length = lambda value, name: W.FloatSlider(value=value, min=.1, max=1.6, step=.05, description=f"length {name}")
     controls = dict(angle_a=angle(10, "a"), length_a=length(1., "a"), angle_b=angle(50, "b"), length_b=length(1., "b"),
                     order=W.Dropdown(options=[("a, then b", (0, 1)), ("b, then a", (1, 0))], description="GS order"))
     compute = lambda angle_a, length_a, angle_b, length_b, order: (whitened(plane_vectors([angle_a, angle_b], [length_a, length_b]), order), 0.)
-    return Explorer("Whitening two vectors in the plane", controls, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
-                    "Two arrows, the orthonormal pair nearest to them, Gram–Schmidt's pair, their Gram matrices and singular values.")
+    plane = Explorer("Whitening two vectors in the plane", controls, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
+                     "Two arrows, the orthonormal pair nearest to them, Gram–Schmidt's pair, their Gram matrices and singular values.")
+    plane.mouse = Mouse(plane, lambda result: result[0].X.numpy(), "ab")
+    return plane
 
 # %% ../../nbs/explore/41d_whitening.ipynb #a743d21d
 def whitening_space() -> Explorer:

@@ -180,8 +180,9 @@ def update(self: Explorer) -> None:
 
 @patch
 def _moved(self: Explorer, change: object) -> None:
-    "A control has moved; if not by `move`, then somebody is there."
-    if not self._moving: self.notice.hide()
+    "A control has moved; if not by `move`, which updates by itself, then somebody is there."
+    if self._moving: return
+    self.notice.hide()
     self.update()
 
 # %% ../../nbs/explore/41_widgets.ipynb #0f1fff67
@@ -189,13 +190,14 @@ def _moved(self: Explorer, change: object) -> None:
 def move(self: Explorer,
     **values, # control -> its new value
 ) -> Mapping[str, str]: # the line of numbers, {name: text}
-    "Move controls from Python."
+    "Move controls from Python, in one step."
     for name in values:
         if name not in self.controls: raise ValueError(f"unknown control {name!r}; known: {', '.join(map(repr, self.controls))}.")
     self._moving = True
     try:
         for name, value in values.items(): self.controls[name].value = value
     finally: self._moving = False
+    self.update()
     return self.text
 
 
