@@ -84,7 +84,8 @@ _MOUSE = """export default { initialize({ model }) {
     if (picture && !queue.some(o => o.what === "press")) answer.held ? picture.style.cursor = "grabbing" : (picture = null, queue = []);
     send();
   });
-  model.send({ what: "ready" });
+  queue.push({ what: "ready" });
+  send();
   return () => { for (const [name, ear] of Object.entries(ears)) document.removeEventListener(name, ear) };
 } }"""
 
