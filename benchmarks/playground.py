@@ -1,6 +1,6 @@
-"""Make the table behind the merge playground: every subset of six tasks, merged by five methods, at every scale, on validation images.
+"""Make the table behind the merge playground: every subset of four tasks, merged by five methods, at every scale, on validation images.
 
-Usage: python benchmarks/playground.py [--seconds N] [--tasks T] [--out FILE]     (about half an hour on one core with the offline world cached; each further task doubles that)
+Usage: python benchmarks/playground.py [--seconds N] [--tasks T] [--out FILE]     (about 6 minutes on one core with the offline world cached; each further task more than doubles that)
 
 Each row is written down as soon as it is known, so a run that was stopped, or that ended after N seconds, goes on where it was: run the command again.
 """
@@ -21,7 +21,7 @@ from tsv_nb.vision.finetune import FINETUNE, state_digest
 from tsv_nb.vision.records import Records, code_digest, data_digest, fact_digest
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS, IMAGES = 6, 120
+TASKS, IMAGES = 4, 120
 
 
 def inputs(table) -> dict:

@@ -25,7 +25,6 @@ EXCEPTIONS = { # span: why the rule cannot know it
     "TRITON_INTERPRET": "an environment variable of Triton",
     "HF_HOME": "an environment variable of Hugging Face's libraries",
     "i * stride_m + j * stride_n": "a formula, before there is a kernel with strides",
-    "v4": "part of a PTX instruction",
     'triton.compile(...).asm["ptx"]': "a key that Triton fills",
     "--tasks_file": "an option that some program might have, beside --tasks",
     "--shuot": "a misspelled option, on purpose",
@@ -35,6 +34,7 @@ EXCEPTIONS = { # span: why the rule cannot know it
     "nonlinear_zeroshot": "the name of a file of the paper's checkpoints, without its ending",
     "neutral": "a class of FER2013",
     "lawn_mower": "a folder of a data set",
+    "int(r * (1 / T))": "a formula of the published code",
 }
 FOLDERS = ("benchmarks", "nbs", "tests", "tools", "tsv_nb", ".ci", ".github")
 TAUGHT = ("torch", "torch.utils.data", "fastcore.script", "fastcore.meta", "fastcore.basics", "fastcore.test") # libraries whose functions the pages name without importing them

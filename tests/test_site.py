@@ -292,7 +292,7 @@ def package(): return names.Package()
 def test_right_names_pass(span, package): assert names.span_error(span, {"mine", "shape"}, package, "tsv_eval") is None
 
 
-@pytest.mark.parametrize("span", ["tsv_murge", "tsv_nb.merge.tsv_murge", "compress(vector, percent=…)", "CompressedTaskVector.store", "MERGE_METHODS[\"knots_of_old\"]", "orthogonalize=\"qr_of_old\"", "yours", "mine.width_of_old",
+@pytest.mark.parametrize("span", ["tsv_murge", "tsv_nb.merge.tsv_murge", "compress(vector, percent=…)", "CompressedTaskVector.store", "MERGE_METHODS[\"knots_of_old\"]", "orthogonalize=\"qr_of_old\"", "yours_of_old", "mine.width_of_old",
                                   "torch.linalg.svdd", "tsv_eval --task 8", "--pointz 10", "tsv_nb/clii.py", "benchmarks/none.py", "tsv_murge()", "warmupp=", "rank_for_ratio(1, 2, 3, 4, 5, 6)", "tsv_evil --tasks 8", ".apply_two"])
 def test_wrong_names_are_found(span, package): assert names.span_error(span, {"mine", "shape"}, package, "tsv_eval")
 

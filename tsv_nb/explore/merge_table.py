@@ -128,9 +128,10 @@ def save_table(
 
 # %% ../../nbs/explore/41c2_merge_table.ipynb #bb3c969b
 def load_table(
-    path: str | Path = _FILE, # as written by `save_table`; default: the table of six tasks that comes with the package
+    path: str | Path | None = None, # as written by `save_table`; None: the table that comes with the package
 ) -> MergeTable:
     "Read a table."
+    path = _FILE if path is None else path
     try:
         f = json.loads(Path(path).read_text(encoding="utf-8"))
         table = MergeTable(f["tasks"], f["methods"], f["alphas"], f["images"], about=f["about"], split=f["split"])
