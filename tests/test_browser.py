@@ -31,6 +31,7 @@ PAGES = {
     "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["End"]},
                                     {"between": ["ArrowRight"], "order": ["End"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
 }
+PART_ONE = [p.relative_to(ROOT / "nbs").as_posix() for p in sorted((ROOT / "nbs" / "method").glob("[0-9]*.ipynb"))] if os.environ.get("TSV_NB_PART_ONE") else []
 QUIET = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
          "docmanager-extension/plugin": {"autosave": False}, "notebook-extension/tracker": {"windowingMode": "none"}} # none: all cells are in the page
 
@@ -65,8 +66,8 @@ def lab(tmp_path_factory):
     "The address of a JupyterLab with copies of the notebooks, no token, and folders of its own for all that it writes."
     if reason := why_not(): (pytest.fail if os.environ.get("CI") and not os.environ.get("TSV_NB_NO_BROWSER") else pytest.skip)(reason)
     home = tmp_path_factory.mktemp("lab")
-    copies = [home / "nbs" / trust / page for page in PAGES for trust in ("", "trusted")]
-    for copy, page in zip(copies, [p for p in PAGES for _ in range(2)]):
+    copies = [home / "nbs" / trust / page for page in [*PAGES, *PART_ONE] for trust in ("", "trusted")]
+    for copy, page in zip(copies, [p for p in [*PAGES, *PART_ONE] for _ in range(2)]):
         copy.parent.mkdir(parents=True, exist_ok=True)
         notebook = json.loads((ROOT / "nbs" / page).read_text(encoding="utf-8"))
         notebook["metadata"]["copy"] = str(copy) # trust goes by what a notebook holds, not by where it is
@@ -278,3 +279,13 @@ def test_vectors_are_dragged_with_the_mouse(reader):
     print(f"a drag step: median {1000 * statistics.median(seconds):.0f} ms, longest {1000 * max(seconds):.0f} ms")
     assert not explorer.locator(".tsv-error").count() and not reader.errors, reader.errors
     assert statistics.median(seconds) < 1.5, seconds
+
+
+@pytest.mark.skipif(not PART_ONE, reason="about ten minutes; TSV_NB_PART_ONE=1 asks for it")
+@pytest.mark.parametrize("reader", PART_ONE or ["none"], indirect=True, ids=lambda p: Path(p).stem)
+def test_part_one_runs_in_a_clean_session(reader):
+    "Run All on each page of Part I, in a JupyterLab with nothing of the user's; -s prints the seconds."
+    start = time.perf_counter()
+    reader.run_all(1200)
+    print(f"{reader.path}: {time.perf_counter() - start:.0f} s")
+    assert not reader.errors, reader.errors
