@@ -95,7 +95,7 @@ def test_tour_on_a_host_without_the_package(colab, host, wheel, tmp_path): # noq
     python, there, site = host
     cells = [c for c in json.loads((ROOT / "nbs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     assert cells[0]["id"] == colab.CELL_ID
-    (tmp_path / "cells.json").write_text(json.dumps(["".join(c["source"]) for c in cells[:5]]))
+    (tmp_path / "cells.json").write_text(json.dumps(["".join(c["source"]) for c in cells[:6]]))
     (tmp_path / "run.py").write_text(RUN)
     env = CLEAN | dict(TSV_NB_SOURCE=str(wheel), MPLBACKEND="agg")
     out = subprocess.run([python, "run.py", "cells.json"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)

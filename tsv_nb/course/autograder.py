@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -224,6 +225,7 @@ def configure(
 ) -> None:
     "Set up nbgrader for the course."
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]) # nbgrader calls alembic by name
     c.CourseDirectory.course_id = "tsv"
     c.GuardedExecute.timeout, c.GuardedExecute.memory = seconds, memory
     c.Autograde.autograde_preprocessors = [GuardedExecute, IgnorePattern, LimitOutput, SaveAutoGrades, AssignLatePenalties, CheckCellMetadata]
