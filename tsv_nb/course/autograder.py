@@ -79,6 +79,7 @@ class GuardedExecute(Execute):
     memory = Float(4., help="memory that a submission may allocate, in GiB").tag(config=True)
 
     def preprocess(self, nb, resources, km=None):
+        "Run a notebook on a copy of its folder, in which there is no notebook to read."
         folder = Path(resources["metadata"]["path"]).resolve()
         on_disk = folder / f"{resources['nbgrader']['notebook']}.ipynb"
         self.root, self.worked, self.charge, self.after_test, self.group, self.guarded, self.given = os.getcwd(), [], "", False, 0, None, ""
@@ -195,6 +196,7 @@ class HideTests(NbGraderPreprocessor):
     "Take the hidden tests out of what a student gets back."
 
     def preprocess(self, nb, resources):
+        "Cut the hidden tests out of the cells, and what repeats them out of the outputs."
         cells = [c for c in nb.cells if c.cell_type == "code"]
         tests = [c for c in cells if _is_test(c)]
         hidden = {line.strip() for c in tests for part in _HIDDEN.findall(c.source) for line in part.splitlines()}
