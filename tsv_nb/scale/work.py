@@ -96,8 +96,8 @@ def __enter__(self: WorkFolder) -> WorkFolder:
 
 @patch
 def __exit__(self: WorkFolder, *_) -> None:
+    if self.folder.exists() and not [p for p in self.folder.iterdir() if p.name != "lock"]: self._clear(all=True) # nothing was begun
     self.lock.release()
-    if not [p for p in self.folder.glob("*") if p.name != "lock"]: self._clear(all=True) # nothing was begun
 
 # %% ../../nbs/scale/30c3_work.ipynb #d7f4b773
 @patch(as_prop=True)
