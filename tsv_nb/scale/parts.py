@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .safetensors_reader import _NAMES
+
 # %% ../../nbs/scale/30c2_parts.ipynb #161bfd2a
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
@@ -81,9 +83,8 @@ def save_json(
     with WholeFile(path) as file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return Path(path)
 
-# %% ../../nbs/scale/30c2_parts.ipynb #1cc7bbd6
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-          torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+# %% ../../nbs/scale/30c2_parts.ipynb #2a49c6ba
+_CODES = {getattr(torch, name): code for code, name in _NAMES.items() if hasattr(torch, name)}
 _WIDTH = {code: dtype.itemsize for dtype, code in _CODES.items()}
 
 

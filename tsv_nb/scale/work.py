@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import fsspec
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from ..compress import _KIND
 from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder
 from .plan import Plan
+from .safetensors_reader import open_bytes
 
 # %% ../../nbs/scale/30c3_work.ipynb #381061f6
 class WorkFolder:
@@ -231,7 +231,7 @@ def _index(self: WorkFolder, receipts: Sequence[Mapping]) -> None:
 def _companions(self: WorkFolder, base: Mapping) -> None:
     "Copy what lies beside the base's weights: configuration, tokenizer, and the like."
     for source in base.companions():
-        with fsspec.open(source, "rb") as file: data = file.read()
+        data = (file := open_bytes(source)).read(0, file.size)
         name = source.replace("\\", "/").rsplit("/", 1)[-1]
         if name == "config.json" and self.plan.options.get("dtype"): data = _with_dtype(data, self.plan.options["dtype"])
         with WholeFile(self.folder / "out" / name) as file: file.write(data)
