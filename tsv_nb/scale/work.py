@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from ..compress import _KIND
-from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder
+from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder, writing
 from .plan import Plan
 from .safetensors_reader import open_bytes
 
@@ -75,7 +75,8 @@ def _claim(self: WorkFolder) -> None:
         was, now = json.loads(known.read_text(encoding="utf-8")), _facts(self.plan)
         if was["digest"] != now["digest"]:
             raise ValueError(f"{str(self.folder)!r} holds an unfinished run of another kind: {_differences(was, now)}. Repeat the command of then, or start over with --restart (restart=True).")
-    for name in ("parts", "done", "out"): (self.folder / name).mkdir(exist_ok=True)
+    with writing(self.folder):
+        for name in ("parts", "done", "out"): (self.folder / name).mkdir(exist_ok=True)
     if not known.exists(): save_json(known, _facts(self.plan))
 
 # %% ../../nbs/scale/30c3_work.ipynb #0ceea27b
@@ -264,9 +265,9 @@ def finish(
 def _publish(self: WorkFolder, ready: Path) -> None:
     "One rename, and the output is there."
     sync_folder(ready if ready.is_dir() else ready.parent)
-    if self.out.exists():
-        if not self.overwrite: raise ValueError(f"{str(self.out)!r} exists now; move it away and run the same command again, or replace it with --overwrite (overwrite=True).")
-        if self.out.is_dir() or ready.is_dir(): os.rename(self.out, self.folder / "replaced")
-    os.replace(ready, self.out)
+    if self.out.exists() and not self.overwrite: raise ValueError(f"{str(self.out)!r} exists now; move it away and run the same command again, or replace it with --overwrite (overwrite=True).")
+    with writing(self.out):
+        if self.out.is_dir() or self.out.exists() and ready.is_dir(): os.rename(self.out, self.folder / "replaced")
+        os.replace(ready, self.out)
     sync_folder(self.out.parent)
     self._clear(all=True)
