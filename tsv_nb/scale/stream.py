@@ -175,7 +175,7 @@ def compress_tensor(
     if not whole.is_floating_point(): return {}, {}
     same = planned.how == "copy" or task in planned.absent # as if it had not moved
     stored, dtype = whole.dtype if same else read.job.tasks[task].header(name).dtype, read.job.plan.options["dtype"]
-    delta = torch.zeros(whole.shape, dtype=stored) if same else _completed(torch.zeros_like(whole), read_delta(read, task, planned, start).to(stored))
+    delta = torch.zeros(whole.shape, dtype=stored) if same else _completed(torch.zeros(()).expand(whole.shape), read_delta(read, task, planned, start).to(stored))
     made = compress({name: delta}, max(1, planned.rank), dtype=dtype and getattr(torch, dtype), exclude=[name] if planned.how == "average" else [])
     facts = dict(dtype=str(stored).removeprefix("torch."))
     if name in made.dense: return {f"dense/{name}": made.dense[name]}, facts
