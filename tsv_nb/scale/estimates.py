@@ -44,7 +44,7 @@ def svd_bytes(
     (q, p), k = sorted(part), rank
     if q < 64 or 2 * k > q or wide == 8: return wide * (2 * p * q + 5 * q * q)
     eigen, ritz = 8 * 4 * q * q, 8 * k * (3 * p + q) # one after the other
-    return (wide + 8) * p * q + max(eigen, ritz) + wide * k * (p + q)
+    return (wide + 8) * p * q + max(eigen, ritz) + 2 * wide * k * (p + q)
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #83a9c8b6
 def polar_bytes(
@@ -80,13 +80,13 @@ def tensor_bytes(
 ) -> dict[str, int]: # step -> the most memory it takes, everything that is held included
     "The memory of the steps of a merge, for one tensor."
     N, (b, t, o), c = item.numel, item.sizes, item.wide
-    if not n_tasks: return {"write": N * (b + 2 * o)}
-    subtract = N * (b + t + c * (1 + (b < c) + (t < c)))
-    if not item.rank: return {"average": subtract + 2 * N * c, "write": N * (b + c + 2 * o)}
+    if not n_tasks: return {"copy": N * (b + o)}
+    subtract = N * (b + t + c * (1 + (b < c)))
+    if not item.rank: return {"average": N * (b + 3 * c + max(t, o))}
     F, K = item.factors(n_tasks), n_tasks * item.rank
     return {"subtract": subtract + F, "decompose": N * (b + 2 * c) + F + svd_bytes(item.part, item.rank, c),
             "score": N * b + 2 * F + score_bytes(item.part, item.rank, n_tasks, c), "orthogonalize": N * b + F + polar_bytes(item.part, K, c),
-            "multiply": N * (b + 3 * c) + 2 * F + 2 * c * K * sum(item.part), "write": N * (b + c + 2 * o)}
+            "multiply": N * (b + 2 * o + 2 * c * (o < c)) + F + 2 * c * K * sum(item.part)}
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #8b779c20
 OVERHEAD = 2**26 # bytes
@@ -143,8 +143,8 @@ def step_seconds(
     return {step: item.parts * s for step, s in seconds.items()}
 
 
-STEPS = {"merge": ("average", "subtract", "decompose", "score", "orthogonalize", "multiply", "write"), "compress": ("average", "subtract", "decompose", "write"),
-         "interference": ("subtract", "decompose", "score"), "expand": ("average", "multiply", "write")} # command -> what it does
+STEPS = {"merge": ("copy", "average", "subtract", "decompose", "score", "orthogonalize", "multiply"), "compress": ("copy", "average", "subtract", "decompose"),
+         "interference": ("subtract", "decompose", "score"), "expand": ("copy", "average", "multiply")} # command -> what it does
 
 
 def tensor_seconds(

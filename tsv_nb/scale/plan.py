@@ -22,7 +22,7 @@ from ..checks import check_option, check_rank, check_same_keys
 from ..compress import rank_for_ratio
 from ..polar import POLAR_METHODS
 from .estimates import OVERHEAD, STEPS, Item, measured_rates, run_seconds, tensor_bytes, tensor_seconds
-from .match import Match, match_tensors, tied_names
+from .match import Match, match_tensors, second_names
 from .rules import Cut, Rules, cut_of
 from .tables import group_names, lay_out, size_text, time_text
 from ..task_vectors import header, task_weights
@@ -274,7 +274,7 @@ def _draw_archived(name: str, start: torch.Tensor, parts: Mapping[str, torch.Ten
 
 def _draw_archive(base: Mapping, archive: Mapping, options: dict) -> tuple[list[Drawn], list[str]]:
     "The lines of an expansion, and notes."
-    where, tied = getattr(archive, "where", "the archive"), tied_names(base, {})
+    where, tied = getattr(archive, "where", "the archive"), second_names(base, {})
     found, starts = _parts_of(archive, where), {n: header(base, n) for n in base if n not in tied}
     check_same_keys({n: h for n, h in starts.items() if h.is_floating_point()}, {n: o for n, o in found.items() if n not in tied}, where)
     return [_draw_archived(n, h, found.get(n, {}), where, options) for n, h in starts.items()], [f"tied: {n} is {first}, written once" for n, first in tied.items()]
@@ -282,12 +282,15 @@ def _draw_archive(base: Mapping, archive: Mapping, options: dict) -> tuple[list[
 # %% ../../nbs/scale/30b_plan.ipynb #78029266
 def _peak(command: str, units: Sequence[Sequence[str]], drawn: Mapping[str, Drawn], n_tasks: int) -> int:
     "The most memory of a run, beyond what the process has at its start."
-    def _one(d): return max(size for step, size in tensor_bytes(d.item, n_tasks if d.line.how != "copy" else 0).items() if step in STEPS[command])
-    peaks, cache = {}, {}
-    for name, d in drawn.items():
-        if (key := (d.item, d.line.how)) not in cache: cache[key] = _one(d)
-        peaks[name] = cache[key]
-    return OVERHEAD + max(max(peaks[n] for n in unit) + 2 * (sum(drawn[n].bytes_written for n in unit[:-1])) for unit in units)
+    known = {}
+    def _alone(d):
+        if (key := (d.item, d.line.how)) not in known: known[key] = max(size for step, size in tensor_bytes(d.item, n_tasks if d.line.how != "copy" else 0).items() if step in STEPS[command])
+        return known[key]
+    peak = 0
+    for unit in units:
+        waiting = 0
+        for d in map(drawn.get, unit): peak, waiting = max(peak, waiting + _alone(d)), waiting + d.bytes_written
+    return OVERHEAD + peak
 
 
 def _fingerprint(state: Mapping) -> dict:
