@@ -95,7 +95,7 @@ def check_space(
 
 
 def carry_out(
-    plan: Plan, # what to do
+    work: Plan, # what to do
     base: Checkpoint,
     tasks: Mapping[str, Checkpoint],
     out: str, # what is to appear
@@ -104,11 +104,11 @@ def carry_out(
 ) -> str: # what to print
     "Show a plan, and unless only that was asked for, carry it out."
     options = run_options(**options)
-    if options["plan"]: return json_format.dumps(plan.to_json(), indent=1) if options["json"] else plan.table()
+    if options["plan"]: return json_format.dumps(work.to_json(), indent=1) if options["json"] else work.table()
     engine, silent = choose_engine(options["engine"], options["address"]), options["quiet"] or options["json"]
-    check_space(plan, out)
-    if not silent: tqdm.write(plan.table() + "\n")
-    report = run_plan(plan, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"])
+    check_space(work, out)
+    if not silent: tqdm.write(work.table() + "\n")
+    report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"])
     return json_format.dumps(report, indent=1) if options["json"] else summary(report, out)
 
 # %% ../../nbs/scale/30d_commands.ipynb #17a2b35a
