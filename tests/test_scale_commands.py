@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from scale_models import digests, load_output, relative, report_of, save_all, states, timeless
+from scale_models import digests, fine, load_output, relative, report_of, save_all, states, timeless
 
 from tsv_nb import CompressedTaskVector, apply_task_vector, compress, interference_by_layer, task_vector, tsv_merge
 from tsv_nb.scale import commands
@@ -39,10 +39,18 @@ SLOW = "import sys, time, dataclasses; import tsv_nb.scale.commands as c, tsv_nb
        "s.run_unit = lambda *a: (time.sleep({}), unit(*a))[1]\nc.{}()" # each tensor a unit, and a pause before each
 
 
-def child(name, *argv, pause=0., **kwargs):
+def child(name, *argv, pause=0.):
     "A command in a process of its own."
-    return subprocess.Popen([sys.executable, "-c", SLOW.format(pause, name), *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **kwargs)
+    return subprocess.Popen([sys.executable, "-c", SLOW.format(pause, name), *map(str, argv), "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def here(name, *argv):
+    "The same in this process, without a pause."
+    make = commands.make_plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "make_plan", lambda *args, **options: fine(make(*args, **options)))
+        getattr(commands, name)([str(a) for a in (*argv, "--threads", 1)])
 
 
 def wait_for(process, what, seconds=120):
@@ -94,9 +102,9 @@ def test_interference(tmp_path, paths, capsys):
     assert report_of(tmp_path / "i.json")["command"] == "interference"
 
 
-def test_quiet(tmp_path, paths):
-    done = subprocess.run([sys.executable, "-c", SLOW.format(0, "tsv_merge"), *paths, "--out", tmp_path / "out", "--quiet"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and (tmp_path / "out").exists()
+def test_quiet(tmp_path, paths, capfd):
+    here("tsv_merge", *paths, "--out", tmp_path / "out", "--quiet")
+    assert tuple(capfd.readouterr()) == ("", "") and (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("argv, text", [
@@ -124,18 +132,18 @@ def test_a_disk_too_small_for_the_output(tmp_path, paths, monkeypatch):
     assert "are free there; make room, or choose another --out" in refused("tsv_merge", *paths, "--out", tmp_path / "deep" / "out") and not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_and_go_on(tmp_path, paths):
+def test_ctrl_c_and_go_on(tmp_path, paths, capsys):
     out, ref = tmp_path / "out", tmp_path / "ref"
-    assert child("tsv_merge", *paths, "--out", ref).wait() == 0
+    here("tsv_merge", *paths, "--out", ref)
     run = child("tsv_merge", *paths, "--out", out, pause=.3)
     wait_for(run, lambda: len(list((tmp_path / "out.partial").glob("parts/*.safetensors"))) > 2)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130 and f"tsv_merge: stopped. What is finished is in {out}.partial; the same command goes on from there." in err and "Traceback" not in err and not out.exists()
-    assert f"holds an unfinished run of another kind: rank was None and is now 2" in refused("tsv_merge", *paths, "--out", out, "--rank", 2, "--threads", 1)
-    run = child("tsv_merge", *paths, "--out", out)
-    stdout, err = run.communicate(timeout=60)
-    assert run.returncode == 0 and "pieces were there already" in stdout and digests(out) == digests(ref)
+    assert "holds an unfinished run of another kind: rank was None and is now 2" in refused("tsv_merge", *paths, "--out", out, "--rank", 2, "--threads", 1)
+    capsys.readouterr()
+    here("tsv_merge", *paths, "--out", out)
+    assert "pieces were there already" in capsys.readouterr().out and digests(out) == digests(ref)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -143,25 +151,25 @@ def test_sigkill_and_go_on(tmp_path, paths):
     "Killed with the n-th part, at the first shard, and just after the start; the same process goes on each time."
     out, ref, partial = tmp_path / "out", tmp_path / "ref", tmp_path / "out.partial"
     options = ["--shard-size", "15000"]
-    assert child("tsv_merge", *paths, "--out", ref, *options).wait() == 0
+    here("tsv_merge", *paths, "--out", ref, *options)
     for there in (lambda: partial.exists(), lambda: list(partial.glob("parts/*.safetensors")), lambda: list(partial.glob("done/*.json")), lambda: len(list(partial.glob("parts/*.safetensors"))) > 1):
         run = child("tsv_merge", *paths, "--out", out, *options, pause=.2)
         wait_for(run, there)
         run.kill()
         run.communicate()
         assert not out.exists()
-    assert child("tsv_merge", *paths, "--out", out, *options).wait() == 0
+    here("tsv_merge", *paths, "--out", out, *options)
     assert digests(out) == digests(ref) and not partial.exists()
 
 
 def test_a_second_process_is_told(tmp_path, paths):
     first = child("tsv_merge", *paths, "--out", tmp_path / "out", pause=.5)
     wait_for(first, lambda: (tmp_path / "out.partial" / "plan.json").exists())
-    assert f"another process is working on {str(tmp_path / 'out')!r}" in refused("tsv_merge", *paths, "--out", tmp_path / "out")
+    assert f"another process is working on {str(tmp_path / 'out')!r}" in refused("tsv_merge", *paths, "--out", tmp_path / "out", "--threads", 1)
     first.kill(); first.communicate()
 
 
-def test_a_bar_with_the_time_that_is_left(tmp_path, paths):
-    run = child("tsv_merge", *paths, "--out", tmp_path / "out", pause=.05)
-    _, err = run.communicate(timeout=60)
+def test_a_bar_with_the_time_that_is_left(tmp_path, paths, capfd):
+    here("tsv_merge", *paths, "--out", tmp_path / "out")
+    err = capfd.readouterr().err
     assert "merge 100%|" in err and "<00:00" in err
