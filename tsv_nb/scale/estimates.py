@@ -89,7 +89,7 @@ def tensor_bytes(
             "multiply": N * (b + 2 * o + 2 * c * (o < c)) + F + 2 * c * K * sum(item.part)}
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #8b779c20
-OVERHEAD = 2**26 # bytes
+OVERHEAD = 3 * 2**25 # bytes
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #bab2e500
 class Rates(NamedTuple):
