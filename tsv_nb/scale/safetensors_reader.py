@@ -150,7 +150,7 @@ def parse_header(
     check_cover(entries, begin, size, strict)
     return entries, metadata or {}
 
-# %% ../../nbs/scale/30a_safetensors.ipynb #b1fcee8e
+# %% ../../nbs/scale/30a_safetensors.ipynb #3e339aa4
 class ByteFile:
     "A file that is read at positions; short reads and changes since it was opened are errors."
     piece = 2**24 # bytes asked for at a time
@@ -158,7 +158,8 @@ class ByteFile:
         "Read as many bytes as `view` has, from position `start`."
         at = 0
         while at < len(view):
-            n = self._some(view[at:at + self.piece], start + at)
+            try: n = self._some(view[at:at + self.piece], start + at)
+            except FileNotFoundError: self.check_unchanged(); raise
             if not n: self.check_unchanged(); raise damaged(self.where, f"it ends at byte {start + at}, and {len(view) - at} more are wanted")
             at += n
         self.check_unchanged()
