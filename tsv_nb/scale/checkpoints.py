@@ -133,7 +133,7 @@ class MemoryReader:
             digest.update(memoryview(self.read(name).flatten().view(torch.uint8).numpy()))
         return dict(tensors=len(self.entries), sha256=digest.hexdigest())
 
-# %% ../../nbs/scale/30_checkpoints.ipynb #10d8f7ad
+# %% ../../nbs/scale/30_checkpoints.ipynb #46e61795
 class Checkpoint(Mapping):
     "Name -> tensor, read when it is asked for, into memory of its own."
     def __init__(self,
@@ -159,7 +159,7 @@ class Checkpoint(Mapping):
     @property
     def total_bytes(self) -> int: return sum(self.nbytes(name) for name in self if name not in self.tied) # tied weights count once
     @property
-    def nbytes_held(self) -> int: return sum(getattr(r, "nbytes_held", 0) for r in self.readers) # in memory in any case: a model, or files from before PyTorch 1.6
+    def nbytes_held(self) -> int: return sum(getattr(r, "nbytes_held", 0) for r in self.readers) # in memory in any case: those of a model in memory
 
 # %% ../../nbs/scale/30_checkpoints.ipynb #1f666b3d
 def _reader(path: str, strict: bool) -> SafetensorsReader | TorchReader:

@@ -39,13 +39,13 @@ class Entry:
         "A tensor of this shape and type without numbers."
         return torch.empty((), dtype=self.dtype).expand(self.shape)
 
-# %% ../../nbs/scale/30a_safetensors.ipynb #4fc633d8
+# %% ../../nbs/scale/30a_safetensors.ipynb #6612a465
 def damaged(
     where: str, # how the message calls the file
     why: str, # what is wrong with it
 ) -> ValueError: # to be raised
     "The error for a file that is not what it should be."
-    return ValueError(f"{where} is damaged, incomplete or not a checkpoint ({why}); download or save it again.")
+    return ValueError(f"{where} is damaged, incomplete or not a checkpoint ({why[:500]}); download or save it again.")
 
 
 def strict_json(
