@@ -240,6 +240,7 @@ def test_changes_are_noticed(tmp_path):
         change()
         with pytest.raises(ValueError, match="a.safetensors' (has changed since it was opened|is a folder)"): c["w"]
         with pytest.raises(ValueError, match="a.safetensors' (has changed since it was opened|is a folder)"): c.check_unchanged()
+        if change is rename: continue # the same size, time and header: only the inode is another, and a restart cannot know that
         with pytest.raises((ValueError, FileNotFoundError), match="a.safetensors"): pickle.loads(sent)
         if path.is_dir(): path.rmdir()
 
