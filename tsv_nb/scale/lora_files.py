@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..checks import StateDictKeyError, check_finite, check_option
-from ..compress import CompressedTaskVector, save_atomic, written_whole
+from ..compress import CompressedTaskVector, save_atomic
 from ..low_rank import numerical_rank, truncated_svd
 from .lora import Adapter, LoraLayer
+from .parts import WholeFile, raw_bytes, save_json
 from ..task_vectors import header
 
 # %% ../../nbs/scale/31c_lora_files.ipynb #c9d6292d
@@ -81,6 +82,7 @@ def save(
     try:
         save_atomic(tensors, new / "adapter_model.safetensors", {"format": "pt"})
         (new / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        if self.report: (new / "tsv_report.json").write_text(json.dumps(self.report, indent=1), encoding="utf-8")
         if folder.exists(): os.replace(folder, old)
         os.replace(new, folder)
     finally:
@@ -144,30 +146,62 @@ def apply_lora(
     return _applied(base, layers, {names[n]: t for n, t in adapter.saved.items()}, {names[n]: t for n, t in adapter.biases.items()}, alpha)
 
 # %% ../../nbs/scale/31c_lora_files.ipynb #0c892881
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+def _shards(base: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, dict]]:
+    "What each file will hold, in the order of the base: name -> type, shape and place."
+    shards, end = [{}], 0
+    for name in base:
+        head = header(base, name)
+        if head.dtype not in _CODES: raise ValueError(f"tensor {name!r} of the base is {head.dtype}, which is not supported; convert it to bfloat16.")
+        size = head.numel() * head.dtype.itemsize
+        if shards[-1] and end + size > shard_bytes: shards.append({}); end = 0
+        shards[-1][name] = dict(dtype=_CODES[head.dtype], shape=list(head.shape), data_offsets=[end, end := end + size])
+    return shards
+
+
+def _write(path: Path, shard: Mapping[str, dict], entries: Iterator[tuple[str, Tensor]]) -> None:
+    "One file, from the next tensors of an iterator."
+    text = json.dumps({"__metadata__": {"format": "pt", "method": "tsv_lora"}} | shard).encode()
+    text += b" " * (-len(text) % 8)
+    with WholeFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, (_, tensor) in zip(shard, entries): file.write(raw_bytes(tensor))
+
+# %% ../../nbs/scale/31c_lora_files.ipynb #7bab34df
+def _write_folder(folder: Path, shards: list[dict], entries: Iterator[tuple[str, Tensor]], companions: Sequence[str]) -> None:
+    "A Hugging Face folder."
+    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file in companions: shutil.copy(file, folder)
+    for name, shard in zip(names, shards): _write(folder / name, shard, entries)
+    index = dict(metadata=dict(total_size=sum(max(e["data_offsets"][1] for e in s.values()) for s in shards)), weight_map={n: file for file, s in zip(names, shards) for n in s})
+    if len(shards) > 1: save_json(folder / "model.safetensors.index.json", index)
 
 
 def save_applied(
-    base: Mapping[str, Tensor], # theta_0
+    base: Mapping[str, Tensor], # theta_0; of a `Checkpoint`, the configuration and tokenizer are copied
     adapter: Adapter, # of one task, or merged
-    path: str | Path, # a .safetensors file
+    out: str | Path, # a .safetensors file, or a folder, which must not exist
     alpha: float = 1., # scale of the adapter
     fan_in_fan_out: bool | None = None, # as in `apply_lora`
-) -> Path: # the path written
-    "Write base + alpha * adapter to one file, with one tensor at a time in memory."
-    entries, end, heads = apply_lora(base, adapter, alpha, fan_in_fan_out), 0, {"__metadata__": {"format": "pt", "method": "tsv_lora"}}
-    for name in base:
-        head = header(base, name)
-        if head.dtype not in _NAMES: raise ValueError(f"tensor {name!r} of the base is {head.dtype}, which is not supported; convert it to bfloat16.")
-        heads[name] = dict(dtype=_NAMES[head.dtype], shape=list(head.shape), data_offsets=[end, end := end + head.numel() * head.dtype.itemsize])
-    text = json.dumps(heads).encode()
-    text += b" " * (-len(text) % 8)
-    with written_whole(path) as tmp, tmp.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in entries: file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return Path(path)
+    shard_bytes: int = 5 * 10**9, # largest file of a folder
+) -> Path: # what was written
+    "Write base + alpha * adapter, with one tensor at a time in memory."
+    out, single = Path(out), str(out).endswith(".safetensors")
+    if out.exists(): raise ValueError(f"{str(out)!r} exists; choose another name, or remove it.")
+    entries, shards = apply_lora(base, adapter, alpha, fan_in_fan_out), _shards(base, 2**63 if single else shard_bytes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if single: _write(out, shards[0], entries); return out
+    new = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        new.mkdir()
+        _write_folder(new, shards, entries, base.companions() if hasattr(base, "companions") else ())
+        os.replace(new, out)
+    finally: shutil.rmtree(new, ignore_errors=True)
+    return out
 
-# %% ../../nbs/scale/31c_lora_files.ipynb #25178a20
+# %% ../../nbs/scale/31c_lora_files.ipynb #bfe113eb
 def module_kinds(
     model: nn.Module, # of the base; may be on the meta device
 ) -> dict[str, str]: # name of a weight -> one of KINDS
@@ -184,7 +218,7 @@ def _low_rank(name: str, tensor: Tensor, rank: int | None) -> LoraLayer | None:
     f = f.truncate(min(rank or matrix.numel(), int(numerical_rank(f.S, matrix.shape, tensor.dtype))))
     return LoraLayer(f.U * f.S.sqrt(), f.S.sqrt()[:, None] * f.Vh, 1., "conv", tuple(tensor.shape[2:])) if f.numel < matrix.numel() or rank else None
 
-# %% ../../nbs/scale/31c_lora_files.ipynb #bfe113eb
+# %% ../../nbs/scale/31c_lora_files.ipynb #a9eb72bf
 def _rest(archive: CompressedTaskVector, layers: Mapping[str, LoraLayer], base: Mapping[str, Tensor] | None) -> tuple[dict, dict, list]:
     "What is no LoRA layer and has moved: biases of B, whole weights, and what is left out."
     biases, saved, left_out = {}, {}, []
