@@ -13,9 +13,11 @@ from tsv_nb.compress import CompressedTaskVector, compress
 from tsv_nb.interference import interference_by_layer
 from tsv_nb.merge import tsv_merge
 from tsv_nb.scale.lora import Adapter, LoraLayer, lora_scaling, product_svd, read_adapter
+from tsv_nb.scale.lora_archives import compress_lora, extract_lora, module_kinds
+from tsv_nb.scale.lora_base import apply_lora, names_in_base, save_applied
 from tsv_nb.scale.lora_command import tsv_lora
-from tsv_nb.scale.lora_files import adapter_config, apply_lora, extract_lora, module_kinds, names_in_base, save_applied
-from tsv_nb.scale.lora_merge import compress_lora, lora_interference, lora_merge, lora_plan, named_adapters
+from tsv_nb.scale.lora_files import adapter_config, save_adapter
+from tsv_nb.scale.lora_merge import lora_interference, lora_merge, lora_plan, named_adapters
 
 SHAPES = {"tall": (40, 24), "wide": (20, 64), "square": (32, 32), "row": (12, 200)}
 FACTS = dict(base_model_name_or_path="tiny")
@@ -176,7 +178,7 @@ def test_written_and_read_again(dtype, g, tmp_path):
     for kind in ("transposed", "linear"): # one flag for all: in its own folder
         chosen = {f"m.{n}.weight": x for n, x in kinds.items() if x.kind in (kind, "embedding", "conv")}
         a = Adapter(chosen, saved={"head.weight": torch.ones(2, 3), "m.conv.bias": torch.ones(8)}, config=FACTS | dict(modules_to_save=["head"]))
-        b = read_adapter(a.save(tmp_path / kind, dtype))
+        b = read_adapter(save_adapter(a, tmp_path / kind, dtype))
         assert {n: (x.kind, x.weight_shape, x.rank) for n, x in b.layers.items()} == {n: (x.kind, x.weight_shape, x.rank) for n, x in a.layers.items()}
         for n in a: assert error(b[n], a[n]) < (1e-6 if dtype is None else .01 if dtype == torch.bfloat16 else 2e-3)
         assert b.saved["m.conv.bias"].equal(torch.ones(8)) and b.config["base_model_name_or_path"] == "tiny" and b.config["modules_to_save"] == ["head"]
@@ -184,14 +186,14 @@ def test_written_and_read_again(dtype, g, tmp_path):
 
 def test_no_half_written_folder(g, tmp_path, monkeypatch):
     a = Adapter({"w.weight": make_layer(g, (8, 6), 2)})
-    a.save(tmp_path / "a")
-    with pytest.raises(ValueError, match="exists; choose another name, or overwrite it"): a.save(tmp_path / "a")
+    save_adapter(a, tmp_path / "a")
+    with pytest.raises(ValueError, match="exists; choose another name, or overwrite it"): save_adapter(a, tmp_path / "a")
     (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no adapter"): a.save(tmp_path / "mine", overwrite=True)
-    with pytest.raises(ValueError, match="NaN or infinite"): Adapter({"w.weight": LoraLayer(torch.full((8, 2), 1e6), torch.ones(2, 6))}).save(tmp_path / "b", torch.float16)
+    with pytest.raises(ValueError, match="is no adapter"): save_adapter(a, tmp_path / "mine", overwrite=True)
+    with pytest.raises(ValueError, match="NaN or infinite"): save_adapter(Adapter({"w.weight": LoraLayer(torch.full((8, 2), 1e6), torch.ones(2, 6))}), tmp_path / "b", torch.float16)
     def full(*args, **kwargs): raise OSError(28, "No space left on device")
     monkeypatch.setattr("tsv_nb.scale.lora_files.save_atomic", full)
-    with pytest.raises(OSError): a.save(tmp_path / "a", overwrite=True)
+    with pytest.raises(OSError): save_adapter(a, tmp_path / "a", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "mine"] and read_adapter(tmp_path / "a")["w.weight"].shape == (8, 6)
 
 
@@ -370,7 +372,7 @@ def test_what_cannot_be_an_adapter_is_named(g):
 
 def test_the_command(g, tmp_path, capsys):
     tasks = make_tasks(g, 3, (4, 6))
-    folders = [str(a.save(tmp_path / t)) for t, a in tasks.items()]
+    folders = [str(save_adapter(a, tmp_path / t)) for t, a in tasks.items()]
     tsv_lora([*folders, "--plan"])
     assert "no adapter on 1 of 4 weights" in capsys.readouterr().out and not (tmp_path / "out").exists()
     tsv_lora([*folders, "--interference", "--as-json"])
@@ -479,7 +481,7 @@ def test_peft_loads_the_merged_adapter(peft, name, rank, tmp_path):
     folders = {t: trained(peft, name, tmp_path / t, o, which, seed=seed) for t, o, which, seed in (("a", {}, 0, 1), ("b", OPTIONS["patterns"], 1, 2), ("c", OPTIONS["rslora"], 1, 3))}
     small = "average" if name == "conv" else "raise"
     merged = lora_merge(folders, rank, small=small)
-    merged.save(tmp_path / "merged")
+    save_adapter(merged, tmp_path / "merged")
     loaded = peft.PeftModel.from_pretrained(built(name), tmp_path / "merged").eval()
     dense = tsv_merge(densified(named_adapters(folders)), rank, small=small, exclude=())
     model = built(name)
@@ -499,7 +501,7 @@ def test_half_precision_within_its_rounding(peft, tmp_path):
     merged = lora_merge(folders)
     dense = tsv_merge(densified(named_adapters(folders)), exclude=())
     assert max(error(merged[n], dense[n]) for n in dense) < 1e-5 # the factors' numbers are exact; only what is stored is rounded
-    merged.save(tmp_path / "m", torch.bfloat16)
+    save_adapter(merged, tmp_path / "m", torch.bfloat16)
     again = read_adapter(tmp_path / "m")
     assert 1e-4 < max(error(again[n], dense[n]) for n in dense) < 5e-3
     loaded = peft.PeftModel.from_pretrained(built("llama"), tmp_path / "m").eval()
@@ -517,7 +519,7 @@ def test_heads_and_biases_of_peft(peft, tmp_path):
     assert "classifier.weight" in a.saved and any(n.endswith(".bias") and "classifier" not in n for n in a.saved)
     merged = lora_merge([a, b])
     assert error(merged.saved["classifier.weight"], (a.saved["classifier.weight"] + b.saved["classifier.weight"]) / 2) < 1e-6
-    merged.save(tmp_path / "m")
+    save_adapter(merged, tmp_path / "m")
     theirs = peft.PeftModel.from_pretrained(built("vit"), tmp_path / "m").merge_and_unload().state_dict()
     for n, w in apply_lora(built("vit").state_dict(), merged): assert error(w, theirs[n]) < 1e-5, n
     third = trained(peft, "vit", tmp_path / "c", {}, seed=3)
@@ -535,7 +537,7 @@ def test_bias_of_the_second_factor(peft, tmp_path):
     base, theirs = built("gpt2").state_dict(), peft.PeftModel.from_pretrained(built("gpt2"), folders[0]).merge_and_unload().state_dict()
     for n, w in apply_lora(base, read_adapter(folders[0])): assert error(w, theirs[n]) < 1e-5, n
     merged = lora_merge(folders)
-    merged.save(tmp_path / "m")
+    save_adapter(merged, tmp_path / "m")
     theirs = peft.PeftModel.from_pretrained(built("gpt2"), tmp_path / "m").merge_and_unload().state_dict()
     for n, w in apply_lora(base, merged): assert error(w, theirs[n]) < 1e-5, n
     name = "transformer.h.0.attn.c_attn.bias"
@@ -571,7 +573,7 @@ def test_an_archive_becomes_an_adapter_that_peft_loads(peft, name, tmp_path):
     change = {n: .05 * torch.randn(t.shape, generator=torch.Generator().manual_seed(len(n))) for n, t in base.items()}
     archive = compress(change, rank=3)
     adapter = extract_lora(archive, module_kinds(model), base=base)
-    adapter.save(tmp_path / "a")
+    save_adapter(adapter, tmp_path / "a")
     theirs = peft.PeftModel.from_pretrained(built(name), tmp_path / "a").merge_and_unload().state_dict()
     for n, w in archive.apply_to(base).items(): assert error(theirs[n] - base[n], w - base[n]) < 1e-4, n
 
