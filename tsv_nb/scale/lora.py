@@ -128,7 +128,8 @@ def _sort(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, dict[str
     for key, value in tensors.items():
         if not value.dtype.is_floating_point and "lora_" in key: raise ValueError(f"{where}: tensor {key!r} is {value.dtype}; dequantize the adapter first.")
         if value.is_floating_point(): check_finite(key, value, f"{where}: tensor")
-        name = key.removeprefix("base_model.model.")
+        name = key.removeprefix("base_model.model.").replace(".modules_to_save.", ".") # bias="all" lists a head's bias twice, and its old value
+        if ".original_module." in name: continue
         found = re.fullmatch(r"(.+)\.lora_(A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)", name)
         if found: factors.setdefault(found[1], {})["bias" if found[2] == "B.bias" else found[2].removesuffix(".weight")] = value
         elif any(part.startswith("lora_") for part in name.split(".")): raise ValueError(f"{where}: tensor {key!r} is no factor of a LoRA as PEFT saves it; save the adapter with save_pretrained.")

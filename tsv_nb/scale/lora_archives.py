@@ -32,11 +32,12 @@ def compress_lora(
     dtype: torch.dtype = torch.float32, # of what is stored (S stays float32)
 ) -> CompressedTaskVector: # its `.save` writes the archive
     "TSV-C of an adapter, from the core."
-    if adapter.saved and base is None: raise ValueError(f"{adapter.where} holds whole weights ({next(iter(adapter.saved))!r}, …), whose difference to the base is needed: pass base=….")
+    saved = {n: t for n, t in adapter.saved.items() if n not in adapter.layers and t.is_floating_point()} # not the base's own
+    if saved and base is None: raise ValueError(f"{adapter.where} holds whole weights ({next(iter(saved))!r}, …), whose difference to the base is needed: pass base=….")
     small = {n: Factors(f.U.to(dtype), f.S.float(), f.Vh.to(dtype)) for n, x in adapter.layers.items() if x.kind != "conv" for f in [x.factors(rank)]}
     dense = {n: t.to(dtype) for n, t in adapter.biases.items()}
     dense |= {n: (x._replace(left=f.U * f.S, right=f.Vh, scaling=1.).delta().reshape(x.weight_shape)).to(dtype) for n, x in adapter.layers.items() if x.kind == "conv" for f in [x.factors(rank)]}
-    dense |= {n: (t.float() - base[n].float()).to(dtype) for n, t in adapter.saved.items() if t.is_floating_point()}
+    dense |= {n: (t.float() - base[n].float()).to(dtype) for n, t in saved.items()}
     for name in base or ():
         entry = header(base, name)
         if name not in small and name not in dense and entry.is_floating_point(): (small if entry.ndim == 2 else dense)[name] = _untouched(entry)

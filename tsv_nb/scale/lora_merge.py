@@ -119,19 +119,34 @@ def _merge_layer(factors: list[Factors], treatment: Treatment, method: str | Non
     return _as_layer(whiten_factors(kept, method) if method and any(f.rank for f in kept) else kept, like)
 
 # %% ../../nbs/scale/31b_lora_merge.ipynb #f177ffad
-def _mean_saved(adapters: Mapping[str, Adapter], weights: Sequence[float], base: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    "base + the mean over all tasks of w_t (saved - base), for every whole weight."
-    result = {}
-    for name in dict.fromkeys(n for a in adapters.values() for n in a.saved):
-        have = {task: (a.saved[name], w / len(adapters)) for (task, a), w in zip(adapters.items(), weights) if name in a.saved}
-        first, shapes = next(iter(have.values()))[0], {task: tuple(t.shape) for task, (t, _) in have.items()}
-        if len(set(shapes.values())) > 1: raise ValueError(f"whole weight {name!r} has different shapes ({shapes}); pass heads='drop' and keep it with each task.")
-        if not first.is_floating_point(): result[name] = first; continue
-        rest = 1 - sum(w for _, w in have.values())
-        if abs(rest) > 1e-9 and base is None:
-            raise ValueError(f"whole weight {name!r} is saved by {len(have)} of {len(adapters)} tasks (or weights do not sum to their number), so the mean needs the base's: pass base=…, or heads='drop'.")
-        total = sum(w * t.double() for t, w in have.values()) + (rest * base[name].double() if abs(rest) > 1e-9 else 0)
-        result[name] = total.to(first.dtype)
+def _copies(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    "The base's own weights that lie beside adapted ones; a `ValueError` where they differ."
+    found = {}
+    for task, a in adapters.items():
+        for name in a.saved.keys() & a.layers.keys():
+            other, first = found.setdefault(name, (task, a.saved[name]))
+            if first.shape != a.saved[name].shape or not torch.allclose(first.float(), a.saved[name].float(), rtol=1e-2, atol=1e-5): # they may be stored in different precision
+                raise ValueError(f"{other!r} and {task!r} come with different base weights {name!r}, {tuple(first.shape)} and {tuple(a.saved[name].shape)}; adapters of different bases cannot be merged.")
+    return {name: t for name, (_, t) in found.items()}
+
+
+def _mean(name: str, have: Mapping[str, tuple[Tensor, float]], n_tasks: int, start: Tensor | None) -> Tensor:
+    "base + the mean over all tasks of w_t (saved - base), for one whole weight; `start` is the base's."
+    first, shapes = next(iter(have.values()))[0], {task: tuple(t.shape) for task, (t, _) in have.items()}
+    if len(set(shapes.values())) > 1: raise ValueError(f"whole weight {name!r} has different shapes ({shapes}); pass heads='drop' and keep it with each task.")
+    if not first.is_floating_point(): return first
+    rest = 1 - sum(w for _, w in have.values()) / n_tasks
+    if abs(rest) < 1e-9: start = torch.zeros(())
+    if start is None: raise ValueError(f"whole weight {name!r} is saved by {len(have)} of {n_tasks} tasks (or weights do not sum to their number), so the mean needs the base's: pass base=…, or heads='drop'.")
+    return (sum(w * t.double() for t, w in have.values()) / n_tasks + rest * start.double()).to(first.dtype)
+
+
+def _mean_saved(adapters: Mapping[str, Adapter], weights: Sequence[float], base: Mapping[str, Tensor] | None, heads: str) -> dict[str, Tensor]:
+    "The whole weights of the merged adapter."
+    result, names = _copies(adapters), dict.fromkeys(n for a in adapters.values() for n in a.saved)
+    for name in names if heads == "average" else ():
+        have = {task: (a.saved[name], w) for (task, a), w in zip(adapters.items(), weights) if name in a.saved and name not in a.layers}
+        if have: result[name] = _mean(name, have, len(adapters), base[name] if base is not None and name in base else result.get(name))
     return result
 
 # %% ../../nbs/scale/31b_lora_merge.ipynb #440ca4f4
@@ -173,6 +188,5 @@ def lora_merge(
         layers[name] = _merge_layer(factors, plan[name], orthogonalize, weights, adapters[has[0]].layers[name])
         report[name] = _entry(plan[name], dict(zip(adapters, factors)), has)
     biases = {n: sum(w * a.biases[n] for a, w in zip(adapters.values(), weights) if n in a.biases) / len(adapters) for n in plan if n not in layers}
-    saved = _mean_saved(adapters, weights, base) if heads == "average" else {}
-    facts = _facts(adapters) if saved or heads == "average" else _facts(adapters) | dict(modules_to_save=None, bias="none")
-    return Adapter(layers, biases, saved, facts, "merged adapter", report)
+    facts = _facts(adapters) | (dict(modules_to_save=None, bias="none") if heads == "drop" else {})
+    return Adapter(layers, biases, _mean_saved(adapters, weights, base, heads), facts, "merged adapter", report)
