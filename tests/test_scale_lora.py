@@ -12,10 +12,12 @@ from tsv_nb.checks import StateDictKeyError
 from tsv_nb.compress import CompressedTaskVector, compress
 from tsv_nb.interference import interference_by_layer
 from tsv_nb.merge import tsv_merge
-from tsv_nb.scale.lora import Adapter, LoraLayer, lora_scaling, product_svd, read_adapter
+from tsv_nb.scale import lora_config
+from tsv_nb.scale.lora import Adapter, LoraLayer, product_svd, read_adapter
 from tsv_nb.scale.lora_archives import compress_lora, extract_lora, module_kinds
 from tsv_nb.scale.lora_base import apply_lora, names_in_base, save_applied
 from tsv_nb.scale.lora_command import tsv_lora
+from tsv_nb.scale.lora_config import lora_scaling
 from tsv_nb.scale.lora_files import adapter_config, save_adapter
 from tsv_nb.scale.lora_merge import lora_interference, lora_merge, lora_plan, named_adapters
 
@@ -368,6 +370,30 @@ def test_what_cannot_be_an_adapter_is_named(g):
     with pytest.raises(ValueError, match="nothing to make an adapter of"): extract_lora(compress({"w": torch.zeros(5, 5)}, 2), {"w": "linear"})
 
 
+def test_a_base_with_other_names_and_layouts(g):
+    a = Adapter({"model.w.weight": make_layer(g, (20, 16), 2)}, saved={"model.head.weight": torch.ones(2)})
+    base = {"w.weight": torch.zeros(16, 20), "head.weight": torch.zeros(2)}
+    tuned = compress_lora(a, base=base).apply_to(base)
+    assert error(tuned["w.weight"], a["model.w.weight"].mT) < 1e-6 and tuned["head.weight"].tolist() == [1., 1.]
+    with pytest.raises(StateDictKeyError, match="trained on another model"): compress_lora(a, base={"x": torch.ones(2)})
+
+
+def test_merged_adapters_are_adapters(g):
+    "Also where nothing has moved: rank 0 goes through everything."
+    dead = LoraLayer(torch.zeros(20, 4), torch.randn(4, 16, generator=g))
+    merged = lora_merge([Adapter({"w": dead, "v": make_layer(g, (9, 8), 2)}), Adapter({"w": dead})])
+    assert merged.layers["w"].rank == 0 and lora_interference([merged, merged])["w"] == 0
+    again = lora_merge([merged, Adapter({"w": make_layer(g, (20, 16), 3)})])
+    assert again.layers["w"].rank == 3 and again.layers["v"].rank == 2 and compress_lora(merged).factors["w"].rank == 0
+
+
+@pytest.mark.parametrize("rank", (0, -1, 2.5))
+def test_ranks_that_cannot_be(rank, g):
+    a = Adapter({"w": make_layer(g, (9, 8), 2)})
+    for call in (lambda: lora_merge([a], rank), lambda: lora_interference([a], rank), lambda: compress_lora(a, rank), lambda: extract_lora(compress_lora(a), {"w": "linear"}, rank)):
+        with pytest.raises(ValueError, match="rank must be at least 1"): call()
+
+
 # The command
 
 def test_the_command(g, tmp_path, capsys):
@@ -574,8 +600,7 @@ def test_dora_and_others_are_refused(peft, tmp_path):
 
 def test_every_option_of_peft_is_known(peft):
     "A new PEFT may have options that change what a factor means: then this test says so, and read_adapter refuses them if they are set."
-    from tsv_nb.scale import lora
-    assert not peft.LoraConfig(r=4, target_modules=["q"]).to_dict().keys() - lora._HARMLESS - lora._REFUSED.keys()
+    assert not peft.LoraConfig(r=4, target_modules=["q"]).to_dict().keys() - lora_config._HARMLESS - lora_config._REFUSED.keys()
 
 
 @pytest.mark.parametrize("name", ("gpt2", "llama", "vit"))

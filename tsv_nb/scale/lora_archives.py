@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_option
+from ..checks import check_option, check_rank
 from ..compress import CompressedTaskVector
 from ..low_rank import Factors, numerical_rank, truncated_svd
 from .lora import Adapter, LoraLayer
+from .lora_base import fit_to_base
 from ..task_vectors import header
 
 # %% ../../nbs/scale/31e_lora_archives.ipynb #2963f596
@@ -32,6 +33,8 @@ def compress_lora(
     dtype: torch.dtype = torch.float32, # of what is stored (S stays float32)
 ) -> CompressedTaskVector: # its `.save` writes the archive
     "TSV-C of an adapter, from the core."
+    if rank is not None: check_rank(rank, "leave it out to keep all components")
+    if base is not None: adapter = fit_to_base(base, adapter)
     saved = {n: t for n, t in adapter.saved.items() if n not in adapter.layers and t.is_floating_point()} # not the base's own
     if saved and base is None: raise ValueError(f"{adapter.where} holds whole weights ({next(iter(saved))!r}, …), whose difference to the base is needed: pass base=….")
     small = {n: Factors(f.U.to(dtype), f.S.float(), f.Vh.to(dtype)) for n, x in adapter.layers.items() if x.kind != "conv" for f in [x.factors(rank)]}
@@ -84,6 +87,7 @@ def extract_lora(
 ) -> Adapter: # exact for the archive's matrices; `.save` writes it
     "An adapter from a compressed task vector."
     check_option("value for dense", dense, ("raise", "drop"))
+    if rank is not None: check_rank(rank, "leave it out to keep all components")
     if not isinstance(archive, CompressedTaskVector): archive = CompressedTaskVector.load(archive)
     unknown = [n for n, f in archive.factors.items() if f.rank and n not in kinds]
     if unknown: raise ValueError(f"{len(unknown)} matrices of the archive, among them {unknown[0]!r}, are no weights of a layer that PEFT can adapt; leave them out when compressing (exclude).")

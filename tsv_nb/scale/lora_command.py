@@ -66,6 +66,7 @@ def _done(merged: Adapter, path: Path, tasks: Sequence[str]) -> str:
     energy = min((e for o in merged.report.values() for e in o["energy"].values()), default=1.)
     small = [n for n, o in merged.report.items() if o["how"] == "average"]
     lines = [f"{len(tasks)} adapters, {len(ranks)} weights, rank {min(ranks)} to {max(ranks)}; at least {energy:.1%} of the energy of every task is kept."]
+    lines += [f"{t}: no adapter on {n} of {len(ranks)} weights; it counted as zero there." for t in tasks if (n := sum(t in o["without"] for o in merged.report.values()))]
     if small: lines.append(f"Averaged, because too small for {len(tasks)} tasks: {', '.join(small[:3])}{' …' * (len(small) > 3)}.")
     return "\n".join([*lines, f"Written to {path}"])
 

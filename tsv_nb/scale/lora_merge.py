@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checks import check_option
+from ..checks import check_option, check_rank
 from ..interference import singular_task_interference, stack_factors
 from ..low_rank import Factors
 from ..merge import Treatment, merge_plan, whiten_factors
@@ -96,6 +96,7 @@ def lora_interference(
     any_base: bool = False, # accept adapters that name different bases
 ) -> dict[str, float]: # name of a weight -> STI
     "STI of every weight that any of the adapters changes."
+    if rank is not None: check_rank(rank, "leave it out for min(m, n) // T")
     adapters, scores = named_adapters(adapters, any_base), {}
     for name in _names(adapters):
         shape = next(a.layers[name].matrix_shape for a in adapters.values() if name in a.layers)
