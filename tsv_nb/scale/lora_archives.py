@@ -46,7 +46,7 @@ def compress_lora(
         if name not in small and name not in dense and entry.is_floating_point(): (small if entry.ndim == 2 else dense)[name] = _untouched(entry)
     return CompressedTaskVector(small, dense, {n: header(base, n).dtype if base else dtype for n in (*small, *dense)})
 
-# %% ../../nbs/scale/31e_lora_archives.ipynb #db57e2eb
+# %% ../../nbs/scale/31e_lora_archives.ipynb #5aadcf26
 def module_kinds(
     model: nn.Module, # of the base; may be on the meta device
 ) -> dict[str, str]: # name of a weight -> one of KINDS
@@ -63,7 +63,7 @@ def _low_rank(name: str, tensor: Tensor, rank: int | None) -> LoraLayer | None:
     f = f.truncate(min(rank or matrix.numel(), int(numerical_rank(f.S, matrix.shape, tensor.dtype))))
     return LoraLayer(f.U * f.S.sqrt(), f.S.sqrt()[:, None] * f.Vh, 1., "conv", tuple(tensor.shape[2:])) if f.numel < matrix.numel() or rank else None
 
-# %% ../../nbs/scale/31e_lora_archives.ipynb #6864bdc3
+# %% ../../nbs/scale/31e_lora_archives.ipynb #c7916e48
 def _rest(archive: CompressedTaskVector, layers: Mapping[str, LoraLayer], base: Mapping[str, Tensor] | None) -> tuple[dict, dict, list]:
     "What is no LoRA layer and has moved: biases of B, whole weights, and what is left out."
     biases, saved, left_out = {}, {}, []
@@ -75,7 +75,7 @@ def _rest(archive: CompressedTaskVector, layers: Mapping[str, LoraLayer], base: 
         else: left_out.append(name)
     return biases, saved, left_out
 
-# %% ../../nbs/scale/31e_lora_archives.ipynb #8c8b5b08
+# %% ../../nbs/scale/31e_lora_archives.ipynb #6f3fbbdf
 def extract_lora(
     archive: CompressedTaskVector | str | Path, # or the file of one
     kinds: Mapping[str, str], # name of a weight -> one of KINDS, as `module_kinds` gives them

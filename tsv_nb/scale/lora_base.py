@@ -60,7 +60,7 @@ def fit_to_base(
         if value.shape != (want := header(base, names[name]).shape): raise ValueError(f"{adapter.where}: {name!r} is {tuple(value.shape)}, the base has {tuple(want)}; drop it (heads='drop'), or resize the base.")
     return replace(adapter, layers={names[n]: x for n, (x, _) in fitted.items()}, biases={names[n]: t for n, t in adapter.biases.items()}, saved={names[n]: t for n, t in adapter.saved.items()})
 
-# %% ../../nbs/scale/31d_lora_base.ipynb #eea57000
+# %% ../../nbs/scale/31d_lora_base.ipynb #14ebb518
 def _applied(base: Mapping[str, Tensor], adapter: Adapter, alpha: float) -> Iterator[tuple[str, Tensor]]:
     "The base's tensors with their changes added, one after the other."
     layers, biases, whole = adapter.layers, adapter.biases, adapter.saved
@@ -83,7 +83,7 @@ def apply_lora(
     fitted = fit_to_base(base, adapter, fan_in_fan_out)
     return _applied(base, fitted, alpha)
 
-# %% ../../nbs/scale/31d_lora_base.ipynb #ab0d306b
+# %% ../../nbs/scale/31d_lora_base.ipynb #88876160
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
@@ -107,7 +107,7 @@ def _write(path: Path, shard: Mapping[str, dict], entries: Iterator[tuple[str, T
         file.write(len(text).to_bytes(8, "little") + text)
         for _, (_, tensor) in zip(shard, entries): file.write(raw_bytes(tensor))
 
-# %% ../../nbs/scale/31d_lora_base.ipynb #87d0d5bf
+# %% ../../nbs/scale/31d_lora_base.ipynb #a590af32
 def _write_folder(folder: Path, shards: list[dict], entries: Iterator[tuple[str, Tensor]], companions: Sequence[str]) -> None:
     "A Hugging Face folder."
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]

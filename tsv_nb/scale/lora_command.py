@@ -52,6 +52,9 @@ def plan_table(
     return "\n".join(lines + [""] * bool(notes) + notes)
 
 # %% ../../nbs/scale/31f_lora_command.ipynb #490fb8ae
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
 def _scores(adapters: Mapping[str, Adapter], rank: int | None, as_json: bool) -> str:
     "The answer to --interference: the weights, worst first."
     scores = lora_interference(adapters, rank, any_base=True)
@@ -70,10 +73,7 @@ def _done(merged: Adapter, path: Path, tasks: Sequence[str]) -> str:
     if small: lines.append(f"Averaged, because too small for {len(tasks)} tasks: {', '.join(small[:3])}{' …' * (len(small) > 3)}.")
     return "\n".join([*lines, f"Written to {path}"])
 
-# %% ../../nbs/scale/31f_lora_command.ipynb #071183f5
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
+# %% ../../nbs/scale/31f_lora_command.ipynb #bd66bfe8
 def lora_command(
     adapters: list[str], # adapter folders of PEFT, one per task
     out: str = "", # folder for the merged adapter; with --merged, a folder or .safetensors file for the model
@@ -104,7 +104,7 @@ def lora_command(
     path = save_applied(start, result, out) if merged else save_adapter(result, out, dtype and _DTYPES[dtype], overwrite)
     return json.dumps(result.report, indent=1) if as_json else _done(result, path, list(tasks))
 
-# %% ../../nbs/scale/31f_lora_command.ipynb #bd66bfe8
+# %% ../../nbs/scale/31f_lora_command.ipynb #c557c17c
 def tsv_lora(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
 ) -> None: # `SystemExit` with a message, or with 130 after Ctrl-C

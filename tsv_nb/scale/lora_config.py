@@ -27,7 +27,7 @@ def lora_scaling(
     alpha = _matching(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
-# %% ../../nbs/scale/31a_lora_config.ipynb #3b61de31
+# %% ../../nbs/scale/31a_lora_config.ipynb #d36f4a38
 _REFUSED = {"use_dora": "DoRA rescales the whole weight", "use_qalora": "QALoRA pools the inputs", "alora_invocation_tokens": "aLoRA acts on some tokens only", "layer_replication": "the model has other layers than the base",
             "target_parameters": "parameters without a module of their own", "trainable_token_indices": "rows of the embedding trained apart", "use_bdlora": "block-diagonal factors", "arrow_config": "a router between adapters",
             "kasa_config": "KaSA changes the base weight", "monteclora_config": "factors that are drawn at random", "megatron_config": "parallel layers of Megatron", "ensure_weight_tying": "adapters that share their factors"}
@@ -47,7 +47,7 @@ def _check_options(config: Mapping, where: str) -> None:
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ValueError(f"{where}: init_lora_weights = {start!r} has changed the base weights; save the adapter again with path_initial_model_for_weight_conversion, which makes it a plain LoRA.")
 
-# %% ../../nbs/scale/31a_lora_config.ipynb #c410c9a5
+# %% ../../nbs/scale/31a_lora_config.ipynb #64e9d132
 def _positive(value, whole: bool) -> bool:
     "Is a value of the file a positive number?"
     return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value) and (value > 0 or not whole)
@@ -64,7 +64,7 @@ def _check_values(config: Mapping, where: str) -> None:
             try: re.compile(rf"(.*\.)?({key})$")
             except re.error as e: raise ValueError(f"{where}: the pattern {key!r} is no regular expression ({e}).") from e
 
-# %% ../../nbs/scale/31a_lora_config.ipynb #64e9d132
+# %% ../../nbs/scale/31a_lora_config.ipynb #404b4e6f
 def read_config(
     path: Path, # of an adapter_config.json
 ) -> dict: # its options; `FileNotFoundError`, or `ValueError` with the file's name

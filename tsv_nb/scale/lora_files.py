@@ -39,7 +39,7 @@ def adapter_config(adapter: Adapter) -> dict: # what adapter_config.json will ho
     return dict(peft_type="LORA", base_model_name_or_path=None, task_type=None, bias="none", modules_to_save=None) | facts | _options(adapter) | \
         dict(use_rslora=False, lora_dropout=0., init_lora_weights=True, inference_mode=True)
 
-# %% ../../nbs/scale/31c_lora_files.ipynb #5a30e5b7
+# %% ../../nbs/scale/31c_lora_files.ipynb #a6c1a9c0
 def adapter_tensors(
     adapter: Adapter,
     dtype: torch.dtype | None = None, # of the factors; None: as they are
@@ -61,7 +61,7 @@ def adapter_tensors(
         if value.is_floating_point(): check_finite(name, value, f"{adapter.where}: stored as {value.dtype}, the tensor")
     return tensors
 
-# %% ../../nbs/scale/31c_lora_files.ipynb #2db2954a
+# %% ../../nbs/scale/31c_lora_files.ipynb #872d9f11
 def save_adapter(
     adapter: Adapter,
     folder: str | Path, # will hold adapter_config.json and adapter_model.safetensors
