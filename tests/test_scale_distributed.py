@@ -148,7 +148,7 @@ def test_after_ctrl_c_nothing_goes_on(cluster, inputs, tmp_path):
     with pytest.raises(KeyboardInterrupt): make_run(inputs, tmp_path / "out")(stopping(ray_engine(work=slow), 2, stop))
     before = counted(diary)
     time.sleep(1)
-    assert counted(diary) == before and len(before) < N_UNITS and not (tmp_path / "out.partial" / "token").exists()
+    assert counted(diary) == before and len(before) < N_UNITS and not (tmp_path / "out.partial" / "token.tmp").exists()
 
 
 def test_a_unit_that_fails_fails_the_run(cluster, inputs, reference, tmp_path):
