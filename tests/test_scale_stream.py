@@ -40,11 +40,11 @@ def paths(tmp_path_factory): return save_all(tmp_path_factory.mktemp("models"))
 def done(paths, tmp_path_factory):
     "An output in three files, each tensor a unit, and its digests."
     out = tmp_path_factory.mktemp("done") / "out"
-    merge(paths, out, change=fine, shard_size=20_000)
+    merge(paths, out, change=fine, shard_size=15_000)
     return out, digests(out)
 
 
-def again(paths, out, **run): return merge(paths, out, run, fine, shard_size=20_000)
+def again(paths, out, **run): return merge(paths, out, run, fine, shard_size=15_000)
 
 
 # The numbers
@@ -139,7 +139,7 @@ def test_an_archive_is_that_of_compress(tmp_path, options, kind):
         assert report["tensors"][n]["rank"] == {"a": f.rank}
     for n, x in want.dense.items(): assert got.dense[n].equal(x) and got.dense[n].dtype == x.dtype, n
     archive = dict(archive=open_checkpoint(tmp_path / "a.safetensors"))
-    run_plan(make_plan("expand", start, archive, alpha=.5, threads=1, shard_size=20_000), start, archive, tmp_path / "out", progress=False)
+    run_plan(make_plan("expand", start, archive, alpha=.5, threads=1, shard_size=15_000), start, archive, tmp_path / "out", progress=False)
     whole, expanded = got.apply_to(base, .5), load_output(tmp_path / "out")
     assert expanded.keys() == whole.keys() and all(expanded[n].dtype == x.dtype and torch.allclose(expanded[n], x) for n, x in whole.items())
 
@@ -191,7 +191,7 @@ def test_a_single_file_says_it_all(tmp_path, paths):
     with safe_open(tmp_path / "m.safetensors", "pt") as f: said = f.metadata()
     assert said["format"] == "pt" and json.loads(said["inputs"]) == {s: i["content"] for s, i in report["inputs"].items()}
     assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", "m.report.json"} and timeless(report_of(tmp_path / "m.safetensors")) == json.loads(json.dumps(timeless(report)))
-    with pytest.raises(ValueError, match="is one file and the plan has 3; name a folder"): merge(paths, tmp_path / "n.safetensors", shard_size=20_000)
+    with pytest.raises(ValueError, match="is one file and the plan has 3; name a folder"): merge(paths, tmp_path / "n.safetensors", shard_size=15_000)
 
 
 def test_tensors_are_aligned_and_in_the_order_of_their_width(tmp_path):
@@ -234,10 +234,10 @@ def steps(call, run):
 
 
 def test_killed_before_every_rename(tmp_path, paths, done):
-    "Each file gets its name by a rename: the run ends before the k-th, for every k, and is run again."
+    "Each file gets its name by a rename: the run ends before the k-th, and is run again. (All k: on 2026-11-26.)"
     n = steps("replace", lambda: again(paths, tmp_path / "count"))
     assert n > 30
-    for k in range(1, n + 1):
+    for k in (*range(1, n - 5, 4), *range(n - 5, n + 1)):
         out, real, count = tmp_path / str(k), os.replace, 0
         def replace(a, b):
             nonlocal count
@@ -253,7 +253,7 @@ def test_killed_before_every_rename(tmp_path, paths, done):
 @pytest.mark.parametrize("call, n", [("fsync", 90), ("replace", 40)])
 def test_a_full_disk_at_every_write(tmp_path, paths, done, call, n):
     real, failures = getattr(os, call), 0
-    for k in range(1, n, 3):
+    for k in range(1, n, 5):
         out, count = tmp_path / str(k), 0
         def fail(*args):
             nonlocal count
@@ -267,7 +267,7 @@ def test_a_full_disk_at_every_write(tmp_path, paths, done, call, n):
         assert not list((tmp_path / f"{k}.partial").rglob("*.tmp"))
         again(paths, out)
         assert digests(out) == done[1]
-    assert failures > 10
+    assert failures > 6
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path, paths, done):
@@ -341,11 +341,11 @@ def test_killed_after_the_last_rename(tmp_path, paths, done):
 
 # Another run, another input
 
-@pytest.mark.parametrize("options, said", [(dict(rank=3), "rank was None and is now 3"), (dict(alpha=.5), r"alpha was 1.0 and is now 0.5"), (dict(split="qkv"), "split was None and is now 'qkv'"), (dict(shard_size=10**9), "divided in another way")])
+@pytest.mark.parametrize("options, said", [(dict(rank=3), "rank was None and is now 3"), (dict(alpha=.5), r"alpha was 1.0 and is now 0.5"), (dict(split="qkv"), "split was None and is now 'qkv'"), (dict(shard_size=10**9), "the work was divided in another way")])
 def test_another_option_does_not_resume(tmp_path, paths, done, options, said):
     out = tmp_path / "out"
     with pytest.raises(Killed): again(paths, out, engine=interrupted(3))
-    options = dict(shard_size=20_000) | options
+    options = dict(shard_size=15_000) | options
     with pytest.raises(ValueError, match=f"holds an unfinished run of another kind: {said}. Repeat the command of then, or start over with --restart"): merge(paths, out, change=fine, **options)
     assert merge(paths, out, dict(restart=True), fine, **options)["session"]["resumed"] == 0
     again(paths, out, overwrite=True)

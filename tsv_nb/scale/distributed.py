@@ -37,7 +37,8 @@ def unit_slots(
 # %% ../../nbs/scale/32_distributed.ipynb #d9a9d495
 def _say(r: Mapping[str, float]) -> str:
     "Resources in words."
-    return f"{r.get('CPU', 0):g} CPUs, {r.get('GPU', 0):g} GPUs, {r.get('memory', 0) / 2**30:.1f} GiB of memory"
+    counts = [f"{r.get(kind, 0):g} {kind}{'s' * (r.get(kind, 0) != 1)}" for kind in ("CPU", "GPU")]
+    return ", ".join(counts) + f", {float(format(r.get('memory', 0) / 2**30, '.2g')):g} GiB of memory" # two digits: nodes that hardly differ are alike
 
 
 def _no_place(nodes: Sequence[Mapping], needs: Mapping[str, float]) -> ValueError:
