@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL_ID = "c01ab5e7" # the same in every notebook: it is how the cell is found again
-EXTRAS = {"vision/22": "[data]", "vision/23": "[data]", "vision/24": "[data]", "vision/25": "[data]", "explore/41": "[widgets]", "course/": "[course]"} # what a page needs beyond the library
+EXTRAS = {"vision/22": "[data]", "vision/23": "[data]", "vision/24": "[data]", "vision/25": "[data]", "explore/41": "[widgets]", "course/": "[course]", "scale/32_": "[ray]"} # what a page needs beyond the library
 
 
 def git_url(root=ROOT):

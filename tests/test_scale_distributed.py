@@ -1,0 +1,263 @@
+"""The Ray engine on a cluster of several nodes on this machine: a node killed in the middle, errors of units, resources that nobody has, resuming across engines."""
+import errno
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ray_nodes import add_node, light_nodes
+from safetensors.torch import save_file
+
+from tsv_nb.scale import distributed
+from tsv_nb.scale.checkpoints import open_checkpoint
+from tsv_nb.scale.distributed import ray_connection, ray_engine, unit_slots
+from tsv_nb.scale.plan import make_plan
+from tsv_nb.scale.stream import local_engine, run_plan, run_unit
+
+ROOT = Path(__file__).resolve().parent.parent
+N_UNITS = 8
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    "Paths of a base and two tasks whose tensors are units of their own."
+    folder, g = tmp_path_factory.mktemp("inputs"), torch.Generator().manual_seed(0)
+    base = {f"layer.{i}.weight": torch.randn(48, 40, generator=g) for i in range(N_UNITS)}
+    for name, scale in (("base", 0.), ("a", .1), ("b", .1)):
+        save_file({k: v + scale * torch.randn(v.shape, generator=g) for k, v in base.items()}, folder / f"{name}.safetensors")
+    return folder
+
+
+def make_run(inputs, out, **options):
+    "(run, plan): `run(engine)` merges into `out`."
+    base, tasks = open_checkpoint(inputs / "base.safetensors"), {t: open_checkpoint(inputs / f"{t}.safetensors") for t in "ab"}
+    plan = one_unit_each(make_plan("merge", base, tasks, threads=1))
+    return lambda engine=local_engine: run_plan(plan, base, tasks, out, engine=engine, progress=False, **options)
+
+
+def one_unit_each(plan):
+    from dataclasses import replace
+    return replace(plan, units=tuple((t.name,) for t in plan.tensors))
+
+
+def digests(out):
+    "{file: sha256} of a result, without the report, which has times in it."
+    files = [out] if out.is_file() else [p for p in out.iterdir() if p.name != "tsv_report.json"]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def reference(inputs, tmp_path_factory):
+    "What the local engine writes."
+    out = tmp_path_factory.mktemp("reference") / "out"
+    make_run(inputs, out)()
+    return digests(out)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A head that does no work and two nodes, and a connection that the tests share, so that workers are started once."
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'tsv-nb[ray]'")
+    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        c = Cluster()
+        with light_nodes():
+            try:
+                add_node(c, num_cpus=0)
+                c.nodes = [add_node(c, num_cpus=1) for _ in range(2)]
+                ray.init(c.address, log_to_driver=False, logging_level="error")
+                yield c
+            finally: ray.shutdown(); c.shutdown()
+
+
+def stopping(engine, after, what):
+    "An engine that calls `what` once `after` units have landed."
+    def stop(job, units):
+        for n, unit in enumerate(engine(job, units), 1):
+            yield unit
+            if n == after: what()
+    return stop
+
+
+def counted(path):
+    "Lines of a file that workers append to."
+    return Path(path).read_text().split() if Path(path).exists() else []
+
+
+# Without a cluster
+
+def test_slots():
+    node = {"CPU": 8., "GPU": 2., "memory": 32e9}
+    assert [unit_slots(node, n) for n in ({"CPU": 3}, {"CPU": 1, "GPU": .1}, {"CPU": 1, "GPU": 3}, {"CPU": 1, "memory": 20e9}, {"memory": 0}, {"CPU": 1, "TPU": 1})] == [2, 8, 0, 1, 1, 0]
+    assert unit_slots({"CPU": 10, "GPU": 1}, {"CPU": 1, "GPU": .1}) == 10 # 1 // .1 is 9
+
+
+@pytest.mark.parametrize("option", ["num_gpus", "num_cpus", "max_retries", "memory", "patience", "straggler"])
+def test_negative_options_are_refused(option):
+    with pytest.raises(ValueError, match=option): ray_engine(**{option: -1})
+
+
+def test_without_ray_the_message_says_what_to_install(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'tsv-nb\[ray\]'"): make_run(inputs, tmp_path / "out")(ray_engine())
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_do_needs_no_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert list(ray_engine("127.0.0.1:1")(None, [])) == []
+
+
+def test_unreachable_address():
+    pytest.importorskip("ray")
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=f"no Ray cluster at '127.0.0.1:{port}' .*ray start --head"):
+        with ray_connection(f"127.0.0.1:{port}"): pass
+    assert time.monotonic() - start < 6
+
+
+# On a cluster
+
+def test_same_bytes_as_the_local_engine(cluster, inputs, reference, tmp_path):
+    import ray
+    make_run(inputs, tmp_path / "out")(ray_engine())
+    assert digests(tmp_path / "out") == reference and ray.is_initialized() # the connection was ours
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("first, second", [(local_engine, ray_engine()), (ray_engine(), local_engine)], ids=["local, then ray", "ray, then local"])
+def test_one_engine_goes_on_where_the_other_stopped(cluster, inputs, reference, tmp_path, first, second):
+    def stop(): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): make_run(inputs, tmp_path / "out")(stopping(first, 3, stop))
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    todo = []
+    def counting(job, units): todo.extend(units); yield from second(job, units)
+    make_run(inputs, tmp_path / "out")(counting)
+    assert digests(tmp_path / "out") == reference and 0 < len(todo) <= N_UNITS - 3
+
+
+def test_after_ctrl_c_nothing_goes_on(cluster, inputs, tmp_path):
+    diary = str(tmp_path / "diary")
+    def slow(job, unit): time.sleep(.3); run_unit(job, unit); open(diary, "a").write(f"{unit}\n")
+    def stop(): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): make_run(inputs, tmp_path / "out")(stopping(ray_engine(work=slow), 2, stop))
+    before = counted(diary)
+    time.sleep(1)
+    assert counted(diary) == before and len(before) < N_UNITS and not (tmp_path / "out.partial" / "token.tmp").exists()
+
+
+def test_a_unit_that_fails_fails_the_run(cluster, inputs, reference, tmp_path):
+    tries = str(tmp_path / "tries")
+    def faulty(job, unit):
+        if unit == 3: open(tries, "a").write("x\n"); raise ValueError("tensor 'w' has 1 of 9 values that are NaN")
+        run_unit(job, unit)
+    with pytest.raises(ValueError) as e: make_run(inputs, tmp_path / "out")(ray_engine(work=faulty))
+    assert str(e.value) == "tensor 'w' has 1 of 9 values that are NaN" and type(e.value) is ValueError and e.value.__cause__ is None
+    assert len(counted(tries)) == 1 and not (tmp_path / "out").exists() # not tried again
+    make_run(inputs, tmp_path / "out")(ray_engine())
+    assert digests(tmp_path / "out") == reference
+
+
+@pytest.mark.parametrize("code, tried", [(errno.ESTALE, 2), (errno.ENOSPC, 1)])
+def test_a_file_server_may_hiccup_a_disk_may_not_be_full(cluster, inputs, reference, tmp_path, code, tried):
+    tries, (first, *_) = str(tmp_path / "tries"), [0]
+    def faulty(job, unit):
+        if unit == 0:
+            open(tries, "a").write("x\n")
+            if len(open(tries).readlines()) == 1: raise OSError(code, os.strerror(code), "x.safetensors")
+        run_unit(job, unit)
+    if tried == 1:
+        with pytest.raises(OSError, match="No space left"): make_run(inputs, tmp_path / "out")(ray_engine(work=faulty))
+    else:
+        make_run(inputs, tmp_path / "out")(ray_engine(work=faulty))
+        assert digests(tmp_path / "out") == reference
+    assert len(counted(tries)) == tried
+
+
+def test_a_worker_that_dies_is_replaced(cluster, inputs, reference, tmp_path, caplog):
+    mark = str(tmp_path / "mark")
+    def deadly(job, unit):
+        if unit == 2 and not os.path.exists(mark): open(mark, "w").close(); os._exit(1)
+        run_unit(job, unit)
+    make_run(inputs, tmp_path / "out")(ray_engine(work=deadly))
+    assert digests(tmp_path / "out") == reference and "unit 2 (layer.2.weight) was lost" in caplog.text and "started again (1 of 3)" in caplog.text
+
+
+def test_a_unit_that_always_kills_its_worker_ends_the_run(cluster, inputs, tmp_path):
+    def deadly(job, unit): os._exit(1) if unit == 0 else run_unit(job, unit)
+    with pytest.raises(OSError, match=r"unit 0 \(layer.0.weight\) was lost.*That was try 2.*run the same command again"): make_run(inputs, tmp_path / "out")(ray_engine(work=deadly, max_retries=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resources_that_nobody_has(cluster, inputs, reference, tmp_path):
+    for options, asked in ((dict(num_gpus=2), "1 CPU, 2 GPUs"), (dict(memory=2**50), r"1e\+06 GiB")):
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=f"a unit needs .*{asked}.*no node of the Ray cluster has that. Its nodes: .*2 x .1 CPU, 0 GPUs"): make_run(inputs, tmp_path / "out")(ray_engine(patience=.5, **options))
+        assert time.monotonic() - start < 5
+    make_run(inputs, tmp_path / "out")(ray_engine())
+    assert digests(tmp_path / "out") == reference
+
+
+def test_a_node_that_comes_late_is_waited_for(cluster, inputs, reference, tmp_path):
+    import threading
+    def add(): time.sleep(1); added.append(add_node(cluster, num_cpus=3))
+    added, helper = [], threading.Thread(target=add)
+    helper.start()
+    try: make_run(inputs, tmp_path / "out")(ray_engine(num_cpus=3, patience=30))
+    finally: helper.join(); cluster.remove_node(added[0])
+    assert digests(tmp_path / "out") == reference
+
+
+def test_a_work_folder_that_a_node_does_not_see(cluster, inputs, tmp_path, monkeypatch):
+    from contextlib import contextmanager
+    @contextmanager
+    def elsewhere(folder): yield str(Path(folder) / "not there"), "x"
+    monkeypatch.setattr(distributed, "_token", elsewhere)
+    with pytest.raises(ValueError, match="does not see the work folder '.*out.partial': write to storage that all nodes share"): make_run(inputs, tmp_path / "out")(ray_engine())
+
+
+def test_a_straggler_gets_a_second_copy(cluster, inputs, reference, tmp_path, caplog):
+    mark = str(tmp_path / "mark")
+    def lame(job, unit):
+        if unit == 1 and not os.path.exists(mark): open(mark, "w").close(); time.sleep(60)
+        run_unit(job, unit)
+    start = time.monotonic()
+    make_run(inputs, tmp_path / "out")(ray_engine(work=lame))
+    assert digests(tmp_path / "out") == reference and time.monotonic() - start < 20 and "unit 1 takes longer" in caplog.text
+
+
+def test_only_some_units_are_in_flight(cluster, inputs, tmp_path, monkeypatch):
+    most, start = [], distributed._Flight.start
+    def watched(self, unit): start(self, unit); most.append(len(self.flying))
+    monkeypatch.setattr(distributed._Flight, "start", watched)
+    make_run(inputs, tmp_path / "out")(ray_engine())
+    assert max(most) == 4 < N_UNITS # two nodes with a CPU each, two units for each
+
+
+def test_a_package_that_a_node_lacks(cluster, inputs, tmp_path):
+    def lacking(job, unit): import no_such_package
+    with pytest.raises(ImportError, match=r"cannot run this .*no_such_package.*pip install 'tsv-nb\[ray\]=="): make_run(inputs, tmp_path / "out")(ray_engine(work=lacking))
+
+
+def test_another_address_than_the_open_one(cluster):
+    with pytest.raises(ValueError, match="is connected to the Ray cluster at .*ray.shutdown"):
+        with ray_connection("10.0.0.1:6379"): pass
+
+
+def test_a_node_killed_in_the_middle(cluster, inputs, reference, tmp_path, caplog):
+    diary = str(tmp_path / "diary")
+    def slow(job, unit):
+        import ray
+        open(diary, "a").write(f"{ray.get_runtime_context().get_node_id()}\n")
+        time.sleep(.4); run_unit(job, unit)
+    def kill(): cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
+    make_run(inputs, tmp_path / "out")(stopping(ray_engine(work=slow), 3, kill))
+    assert digests(tmp_path / "out") == reference
+    assert len(set(counted(diary))) == 2 and len(counted(diary)) > N_UNITS and "was lost" in caplog.text # both had worked, and something was done again
