@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import check_option
+from .checks import check_finite, check_option
 from .svd import gram_eigh, leading_svd
 from .task_vectors import at_least_float32
 
@@ -87,6 +87,7 @@ def orthogonalize(
     "Replace a matrix by its polar factor (orthogonal Procrustes, symmetric whitening)."
     check_option("orthogonalize method", method, POLAR_METHODS)
     if X.numel() == 0: return X.clone()
+    check_finite("X", X)
     x = at_least_float32(X)
     if tol is None: tol = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
     if x.shape[-2] < x.shape[-1]: return POLAR_METHODS[method](x.mT, tol).mT.to(X.dtype)

@@ -114,7 +114,7 @@ def stacked_entries(
     "One entry of every task, stacked: what a method holds in memory at a time."
     first = header(next(iter(vectors.values())), name)
     stack = first.new_empty(len(vectors), *first.shape)
-    for slot, entry in zip(stack, entries_of(vectors, name)): slot.copy_(entry)
+    for slot, entry in zip(stack, entries_of(vectors, name)): slot.copy_(entry.detach())
     return stack
 
 # %% ../nbs/method/01_task_vectors.ipynb #d84c54c4

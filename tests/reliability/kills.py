@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -161,14 +162,12 @@ def killed(work, kills, seed, folder, progress=False):
 
 class Work:
     "Something to be killed: `run` starts or resumes it, `result` is a digest of its final files."
-    watched = ()
+    watched, again = (), 0 # files whose lines are counted; how much may be computed again for each kill
     def prepare(self, folder): pass
     def done(self, folder): "How much is finished for good; may not become less."; return 0
     def repeated(self, folder): "How much was computed more than once in all attempts."; return 0
     def units(self, folder): return None
-    def remove(self, folder):
-        import shutil
-        shutil.rmtree(folder, ignore_errors=True)
+    def remove(self, folder): shutil.rmtree(folder)
 
 
 def package(*parts):
