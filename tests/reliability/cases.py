@@ -19,7 +19,7 @@ from tsv_nb.checks import StateDictKeyError
 PACKAGE = Path(tsv_nb.__file__).parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NAMES = ("w", "layers.0.mlp.fc1.weight", "attn.in_proj_weight", "text_projection", "token_embedding.weight", "b", "ü/é ß", "層.0.重み", "", "two words", "dense/w", "U/w",
-         "__metadata__", "quote'd \"name\"", "line\nbreak", "nul\0inside", "x" * 300, "\U0001f600", "e\u0301", "\u00e9", "..", "/etc/x")
+         "__metadata__", "quote'd \"name\"", "line\nbreak", "nul\0inside", "x" * 300, "\U0001f600", "half \ud83d", "e\u0301", "\u00e9", "..", "/etc/x")
 SIDES = (1, 2, 3, 5, 9, 17, 40, 70, 130)
 LAYOUTS = ("plain", "plain", "transposed", "strided", "offset", "expanded", "parameter")
 ORDINARY = ("normal", "normal", "normal", "zeros", "one rank", "constant", "single", "small", "large")
