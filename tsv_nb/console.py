@@ -15,7 +15,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TextIO, get_args
+from typing import TextIO, get_args, get_origin
 
 from fastcore.docments import docments
 from tqdm.auto import tqdm
@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         for option in (a.split("=")[0] for a in args if re.match("--?[A-Za-z]", a)): # a negative number is no option
             if option not in known: self.error(f"unknown option {option}{_guess(option, known)}")
-        values, rest = self.parse_known_args(args, namespace)
+        values, rest = self.parse_known_intermixed_args(args, namespace) # options may stand between the items of a list
         if rest: self.error(f"unexpected argument {rest[0]!r}; options are written --name value")
         return values
 
@@ -67,19 +67,25 @@ def _number(kind: type) -> Callable[[str], object]:
     return _read
 
 
-def _add(parser: argparse.ArgumentParser, name: str, kind: type, default: object, comment: str | None) -> str:
+def _kind(annotation: object) -> tuple[type, bool]:
+    "The type of one value of a parameter, and whether there may be several: `list[int] | None` is (int, True)."
+    kind = next((k for k in get_args(annotation) if k is not type(None)), annotation) if get_origin(annotation) is not list else annotation
+    return (get_args(kind)[0], True) if get_origin(kind) is list else (kind, False)
+
+
+def _add(parser: argparse.ArgumentParser, name: str, kind: object, default: object, comment: str | None) -> str:
     "Add a parameter to a parser; how the line of usage shows it, if it is an argument without a name."
-    kind = next((k for k in get_args(kind) if k is not type(None)), kind) # int of `int | None`
-    word, comment = name.replace("_", "-"), comment or ""
+    (kind, several), word, comment = _kind(kind), name.replace("_", "-"), comment or ""
     if kind is not bool and default not in (inspect.Parameter.empty, None, "") and "(default" not in comment: comment += f" (default: {default:g})" if kind is float else f" (default: {default})"
     comment = comment.strip().replace("%", "%%") # argparse fills in values at %
     metavar = {int: "N", float: "X"}.get(kind, word.split("-")[-1].upper())
     value = dict(type=_number(kind) if kind in (int, float) else str, metavar=metavar, help=comment)
-    if default is inspect.Parameter.empty: parser.add_argument(name, **value)
+    if default is inspect.Parameter.empty: parser.add_argument(name, **value, **dict(nargs="+") if several else {})
+    elif several: parser.add_argument(f"--{word}", action="append", **value)
     elif kind is not bool: parser.add_argument(f"--{word}", default=default, **value)
     elif default: parser.add_argument(f"--no-{word}", dest=name, action="store_false", help=comment)
     else: parser.add_argument(f"--{word}", action="store_true", help=comment)
-    return f" {metavar}" * (default is inspect.Parameter.empty)
+    return f" {metavar}{' ...' * several}" * (default is inspect.Parameter.empty)
 
 # %% ../nbs/console.ipynb #48c1a79b
 def _help_format(prog: str) -> argparse.HelpFormatter:
