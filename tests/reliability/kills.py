@@ -1,6 +1,6 @@
 """Kill a program again and again, start it again each time, and look at what it leaves.
 
-Usage: python tests/reliability/kills.py WORK [--kills 10] [--seed 0]     prints a JSON object; WORK is merge, records or suite
+Usage: python tests/reliability/kills.py WORK [--kills 10] [--seed 0]     prints a JSON object; WORK is merge, merge-file, suite or records
 
 This process imports everything once and forks a child for each attempt, so a kill costs what the work costs and not an interpreter's start. A child gets
 SIGKILL at a random moment: after a random time; at a random line of the package's code that writes; or at a random call of the operating system (before
@@ -28,6 +28,15 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 CALLS = ("replace", "rename", "fsync", "unlink", "remove", "mkdir", "rmdir", "write", "link", "ftruncate", "truncate")
 KINDS = ("time", "time", "line", "call")
+
+
+_open, _write, _close = os.open, os.write, os.close # as they are before they are watched
+
+
+def _note(path, text):
+    file = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    _write(file, text.encode())
+    _close(file)
 
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
@@ -224,12 +233,128 @@ class RecordsWork(SuiteWork):
     def units(self, folder): return self.numbers
 
 
-WORKS = {w.name: w for w in (SuiteWork, RecordsWork)}
+def small_model(folder, tasks=3, layers=6, m=96, n=64):
+    "A base in two shards with an index and companions, and fine-tuned models, one file each."
+    from safetensors.torch import save_file
+    g = torch.Generator().manual_seed(0)
+    def tensors(start=None):
+        shapes = {f"layers.{i}.{part}": shape for i in range(layers) for part, shape in (("weight", (m, n)), ("bias", (m,)))} | {"norm.weight": (n,), "embed_tokens.weight": (50, n)}
+        return {k: (torch.randn(s, generator=g) if start is None else start[k].float() + .05 * torch.randn(s, generator=g)).to(torch.bfloat16 if k.endswith("bias") else torch.float32)
+                for k, s in shapes.items()} | {"steps": torch.tensor([7])}
+    base, shards = tensors(), collections.defaultdict(dict)
+    (folder / "base").mkdir(parents=True)
+    for i, (k, t) in enumerate(base.items()): shards[f"model-{1 + (i > len(base) // 2):05d}-of-00002.safetensors"][k] = t
+    for file, part in shards.items(): save_file(part, folder / "base" / file)
+    index = dict(metadata={}, weight_map={k: file for file, part in shards.items() for k in part})
+    for name, content in (("model.safetensors.index.json", index), ("config.json", dict(model_type="toy", torch_dtype="float32"))): (folder / "base" / name).write_text(json.dumps(content))
+    for t in range(tasks): save_file(tensors(base), folder / f"task{t}.safetensors")
+    return folder / "base", {f"task{t}": folder / f"task{t}.safetensors" for t in range(tasks)}
+
+
+def timeless(content):
+    "A report without times and without what is said of the session."
+    if isinstance(content, dict): return {k: timeless(v) for k, v in content.items() if k not in ("seconds", "session")}
+    return [timeless(o) for o in content] if isinstance(content, list) else content
+
+
+def files_digest(path):
+    "Of the names and bytes of a file, or of all files below a folder; of a report, without the times."
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        data = file.read_bytes() if file.is_file() else b""
+        if "report" in file.name: data = json.dumps(timeless(json.loads(data)), sort_keys=True).encode()
+        digest.update(repr((file.relative_to(path).as_posix(), len(data))).encode() + data)
+    return digest.hexdigest()
+
+
+class MergeWork(Work):
+    "A streaming merge of three models into a folder of shards."
+    name, again, out, shard_size = "merge", 1, "merged", "60KB"
+    def prepare(self, folder):
+        import tsv_nb.scale.stream as stream
+        self.stream, self.watched = stream, package("scale/", "compress.py")
+        self.base, self.tasks = small_model(folder)
+    def plan(self, **options):
+        from tsv_nb.scale.checkpoints import open_checkpoint
+        from tsv_nb.scale.plan import make_plan
+        base, tasks = open_checkpoint(self.base), {t: open_checkpoint(p) for t, p in self.tasks.items()}
+        return make_plan("merge", base, tasks, **dict(shard_size=self.shard_size, threads=1) | options), base, tasks
+    def run(self, folder):
+        "Each unit that is begun is noted."
+        folder.mkdir(exist_ok=True)
+        run_unit = self.stream.run_unit
+        def noted(job, unit):
+            _note(folder / "begun", f"{unit}\n")
+            return run_unit(job, unit)
+        self.stream.run_unit = noted
+        try: self.stream.run_plan(*self.plan(), folder / self.out, progress=False)
+        finally: self.stream.run_unit = run_unit
+    def result(self, folder):
+        strange = [p.name for p in folder.iterdir() if not p.name.startswith(Path(self.out).stem) and p.name != "begun" or p.name.endswith((".partial", ".tmp"))]
+        assert not strange, f"left behind: {strange}"
+        report = folder / f"{Path(self.out).stem}.report.json" # beside a single file
+        return files_digest(folder / self.out) + (files_digest(report) if report.exists() else "")
+    def check(self, folder, expected):
+        if not (folder / self.out).exists(): return "absent"
+        assert files_digest(folder / self.out) == expected[:64], "an output that is not complete"
+        return "complete"
+    def finished(self, folder):
+        "Units whose part is there, or whose shard is."
+        if (folder / self.out).exists(): return set(range(self.units(folder)))
+        work, plan = folder / f"{self.out}.partial", self.plan()[0]
+        done = {int(p.stem) for p in (work / "parts").glob("*.safetensors") if not p.name.startswith(".")}
+        for receipt in (work / "done").glob("*.json"):
+            if not receipt.name.startswith("."): done |= {u for u, names in enumerate(plan.units) if set(names) <= set(plan.shards[int(receipt.stem)])}
+        return done
+    def done(self, folder): return len(self.finished(folder))
+    def repeated(self, folder):
+        begun = (folder / "begun").read_text().split()
+        return len(begun) - len(set(begun))
+    def units(self, folder): return len(self.plan()[0].units)
+
+
+class FileWork(MergeWork):
+    "The same into a single file."
+    name, out, shard_size = "merge-file", "merged.safetensors", "5GB"
+
+
+WORKS = {w.name: w for w in (MergeWork, FileWork, SuiteWork, RecordsWork)}
+
+
+def cut(rounds, seed, folder):
+    "A file of a task is cut at a random moment of a merge; how the merges end."
+    rng, folder, work, ends, start = random.Random(seed), Path(folder), MergeWork(), collections.Counter(), time.perf_counter()
+    work.prepare(folder)
+    seconds, expected = measured(work, folder / "whole by time", "time"), work.result(folder / "whole by time")
+    path = work.tasks["task1"]
+    whole, at = path.read_bytes(), path.stat().st_mtime_ns
+    def run(folder):
+        try: MergeWork.run(work, folder)
+        except (ValueError, OSError) as e:
+            assert str(path) in str(e), f"not named: {e}"
+            _note(folder / "refused", str(e))
+    for i in range(rounds):
+        out, work.run = folder / f"run {i}", run
+        pid = os.fork()
+        if pid == 0:
+            try: run(out); os._exit(0)
+            except BaseException: traceback.print_exc(); os._exit(1)
+        time.sleep(rng.uniform(0, 1.2 * seconds))
+        os.truncate(path, rng.randrange(len(whole)))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code: ends[f"signal {-code}" if code < 0 else "another error"] += 1
+        elif (out / "refused").exists(): ends["refused"] += 1; assert not (out / work.out).exists()
+        else: ends["finished"] += 1; assert work.result(out) == expected
+        path.write_bytes(whole)
+        os.utime(path, ns=(at, at))
+        work.remove(out)
+    return dict(work="merge, with a file that is cut meanwhile", rounds=rounds, ends=dict(sorted(ends.items())), seconds=round(time.perf_counter() - start, 1))
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", choices=WORKS)
+    parser.add_argument("work", choices=WORKS, nargs="?", default="merge")
+    parser.add_argument("--cut", type=int, metavar="ROUNDS", help="cut an input file instead of killing")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--progress", action="store_true")
@@ -237,7 +362,8 @@ def main():
     torch.set_num_threads(1) # a pool of threads does not survive a fork
     import logging
     logging.disable(logging.WARNING) # that the last record is incomplete is what this is about
-    with tempfile.TemporaryDirectory() as folder: print(json.dumps(killed(WORKS[args.work](), args.kills, args.seed, folder, args.progress)))
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(cut(args.cut, args.seed, folder)) if args.cut else json.dumps(killed(WORKS[args.work](), args.kills, args.seed, folder, args.progress)))
 
 
 if __name__ == "__main__": main()
