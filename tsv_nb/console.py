@@ -78,7 +78,7 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: object, default: obje
     (kind, several), word, comment = _kind(kind), name.replace("_", "-"), comment or ""
     if kind is not bool and default not in (inspect.Parameter.empty, None, "") and "(default" not in comment: comment += f" (default: {default:g})" if kind is float else f" (default: {default})"
     comment = comment.strip().replace("%", "%%") # argparse fills in values at %
-    metavar = {int: "N", float: "X"}.get(kind, word.split("-")[-1].upper())
+    metavar = {int: "N", float: "X"}.get(kind, (word.removesuffix("s") if several else word.split("-")[-1]).upper())
     value = dict(type=_number(kind) if kind in (int, float) else str, metavar=metavar, help=comment)
     if default is inspect.Parameter.empty: parser.add_argument(name, **value, **dict(nargs="+") if several else {})
     elif several: parser.add_argument(f"--{word}", action="append", **value)

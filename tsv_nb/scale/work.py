@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from ..compress import _KIND
-from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder
+from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder, writing
 from .plan import Plan
 from .safetensors_reader import open_bytes
 
@@ -63,7 +63,7 @@ def _differences(was: Mapping, now: Mapping) -> str:
     files = [f"the input {o!r} is another one, or its files have changed" for o in {**was["inputs"], **now["inputs"]} if was["inputs"].get(o) != now["inputs"].get(o)]
     return ", ".join(found + files) or "the work was divided in another way"
 
-
+# %% ../../nbs/scale/30c3_work.ipynb #4e178c10
 @patch
 def _claim(self: WorkFolder) -> None:
     "Make sure that the folder is of this run."
@@ -75,7 +75,8 @@ def _claim(self: WorkFolder) -> None:
         was, now = json.loads(known.read_text(encoding="utf-8")), _facts(self.plan)
         if was["digest"] != now["digest"]:
             raise ValueError(f"{str(self.folder)!r} holds an unfinished run of another kind: {_differences(was, now)}. Repeat the command of then, or start over with --restart (restart=True).")
-    for name in ("parts", "done", "out"): (self.folder / name).mkdir(exist_ok=True)
+    with writing(self.folder):
+        for name in ("parts", "done", "out"): (self.folder / name).mkdir(exist_ok=True)
     if not known.exists(): save_json(known, _facts(self.plan))
 
 # %% ../../nbs/scale/30c3_work.ipynb #0ceea27b
@@ -107,7 +108,7 @@ def published(self: WorkFolder) -> bool:
     left = self.folder / "out" / ([*self.files, self.out.name][0] if self.single else "")
     return not left.exists() and json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))["digest"] == self.plan.digest()
 
-
+# %% ../../nbs/scale/30c3_work.ipynb #a88f9aac
 @patch
 def cleaned(self: WorkFolder) -> dict: # the report
     "Do what the run that has finished could not: clean up."
@@ -138,7 +139,7 @@ def todo(self: WorkFolder) -> list[int]: # units
         self._assemble(shard)
     return [unit for shard, units in enumerate(self.units) if shard not in self.done for unit in units if unit not in self.have]
 
-
+# %% ../../nbs/scale/30c3_work.ipynb #a89c97a3
 @patch
 def _finished(self: WorkFolder, shard: int) -> bool:
     "Whether a shard has its receipt and its file."
@@ -158,24 +159,6 @@ def collect(
     self.have.add(unit)
     self._assemble(self.shard[unit])
 
-# %% ../../nbs/scale/30c3_work.ipynb #165880d0
-def input_digests(
-    receipts: Iterable[Mapping], # of all shards
-) -> dict[str, str]: # "base" or task -> content digest of the tensors that were read of it
-    "What a run was made from."
-    read = {}
-    for receipt in receipts:
-        for source, entries in receipt["read"].items(): read.setdefault(source, {}).update(entries)
-    return {source: content_digest(entries) for source, entries in read.items()}
-
-
-def _metadata(plan: Plan, receipt: Mapping) -> dict[str, str]:
-    "What is said at the beginning of an output file."
-    said = {"format": "pt", "method": plan.options["method"], "tsv_nb": plan.options["version"], "options": json.dumps(plan.options)}
-    if len(plan.shards) == 1: said["inputs"] = json.dumps(input_digests([receipt]))
-    if plan.command == "compress": said |= {"kind": _KIND, "dtypes": json.dumps(receipt["dtypes"])}
-    return said
-
 # %% ../../nbs/scale/30c3_work.ipynb #3e88fd23
 def _receipt(parts: Sequence[Part]) -> dict:
     "All that is to be remembered of a shard when its parts are gone."
@@ -189,7 +172,25 @@ def _receipt(parts: Sequence[Part]) -> dict:
         for source, entries in part.facts["read"].items(): receipt["read"].setdefault(source, {}).update(entries)
     return receipt
 
+# %% ../../nbs/scale/30c3_work.ipynb #165880d0
+def input_digests(
+    receipts: Iterable[Mapping], # of all shards
+) -> dict[str, str]: # "base" or task -> content digest of the tensors that were read of it
+    "What a run was made from."
+    read = {}
+    for receipt in receipts:
+        for source, entries in receipt["read"].items(): read.setdefault(source, {}).update(entries)
+    return {source: content_digest(entries) for source, entries in read.items()}
 
+# %% ../../nbs/scale/30c3_work.ipynb #70032073
+def _metadata(plan: Plan, receipt: Mapping) -> dict[str, str]:
+    "What is said at the beginning of an output file."
+    said = {"format": "pt", "method": plan.options["method"], "tsv_nb": plan.options["tsv_nb"], "options": json.dumps(plan.options)}
+    if len(plan.shards) == 1: said["inputs"] = json.dumps(input_digests([receipt]))
+    if plan.command == "compress": said |= {"kind": _KIND, "dtypes": json.dumps(receipt["dtypes"])}
+    return said
+
+# %% ../../nbs/scale/30c3_work.ipynb #678a5dc8
 @patch
 def _assemble(self: WorkFolder, shard: int) -> None:
     "Put a shard together, if its parts are there; a damaged part is deleted, and counts as not done."
@@ -217,7 +218,7 @@ def _with_dtype(text: bytes, dtype: str) -> bytes:
     keys = {"torch_dtype", "dtype"} & set(config if isinstance(config, dict) else ())
     return (json.dumps(config | dict.fromkeys(keys, dtype), indent=2, ensure_ascii=False) + "\n").encode() if keys else text
 
-
+# %% ../../nbs/scale/30c3_work.ipynb #d81ac951
 @patch
 def _index(self: WorkFolder, receipts: Sequence[Mapping]) -> None:
     "Write the index of several shards."
@@ -247,7 +248,7 @@ def finish(
     receipts, ready, whole = [self.done[shard] for shard in range(len(self.units))], self.folder / "out", self.folder / "report.json"
     order = {t.name: i for i, t in enumerate(self.plan.tensors)}
     tensors = {name: entry for receipt in receipts for name, entry in receipt["report"].items()}
-    report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["version"], plan=self.plan.digest(), options=self.plan.options,
+    report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["tsv_nb"], plan=self.plan.digest(), options=self.plan.options,
                   inputs={source: self.plan.inputs[source] | dict(content=sha) for source, sha in input_digests(receipts).items()}, notes=list(self.plan.notes),
                   files={r["file"]: dict(bytes=r["size"], sha256=r["sha256"]) for r in receipts if r["file"]},
                   tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
@@ -259,14 +260,14 @@ def finish(
     self._publish(ready / self.out.name if self.single else ready)
     return report
 
-
+# %% ../../nbs/scale/30c3_work.ipynb #a0c8c81c
 @patch
 def _publish(self: WorkFolder, ready: Path) -> None:
     "One rename, and the output is there."
     sync_folder(ready if ready.is_dir() else ready.parent)
-    if self.out.exists():
-        if not self.overwrite: raise ValueError(f"{str(self.out)!r} exists now; move it away and run the same command again, or replace it with --overwrite (overwrite=True).")
-        if self.out.is_dir() or ready.is_dir(): os.rename(self.out, self.folder / "replaced")
-    os.replace(ready, self.out)
+    if self.out.exists() and not self.overwrite: raise ValueError(f"{str(self.out)!r} exists now; move it away and run the same command again, or replace it with --overwrite (overwrite=True).")
+    with writing(self.out):
+        if self.out.is_dir() or self.out.exists() and ready.is_dir(): os.rename(self.out, self.folder / "replaced")
+        os.replace(ready, self.out)
     sync_folder(self.out.parent)
     self._clear(all=True)
