@@ -139,6 +139,7 @@ def killed(work, kills, seed, folder, progress=False):
     "Kill until there have been `kills`, every run being started again until it has finished; figures, or an `AssertionError`."
     rng, folder, start = random.Random(seed), Path(folder), time.perf_counter()
     work.prepare(folder)
+    work.run(folder / "warm") # in this process: what is imported and set up at the first use is there for all children
     amount = {kind: measured(work, folder / f"whole by {kind}", kind) for kind in set(KINDS)}
     expected = work.result(folder / "whole by time")
     assert all(work.result(folder / f"whole by {kind}") == expected for kind in set(KINDS)), "two undisturbed runs differ"
@@ -274,6 +275,7 @@ class MergeWork(Work):
         import tsv_nb.scale.stream as stream
         self.stream, self.watched = stream, package("scale/", "compress.py")
         self.base, self.tasks = small_model(folder)
+        self.plan() # measures how fast this machine is, once and for all children
     def plan(self, **options):
         from tsv_nb.scale.checkpoints import open_checkpoint
         from tsv_nb.scale.plan import make_plan
@@ -325,6 +327,7 @@ def cut(rounds, seed, folder):
     "A file of a task is cut at a random moment of a merge; how the merges end."
     rng, folder, work, ends, start = random.Random(seed), Path(folder), MergeWork(), collections.Counter(), time.perf_counter()
     work.prepare(folder)
+    work.run(folder / "warm")
     seconds, expected = measured(work, folder / "whole by time", "time"), work.result(folder / "whole by time")
     path = work.tasks["task1"]
     whole, at = path.read_bytes(), path.stat().st_mtime_ns
@@ -362,7 +365,8 @@ def main():
     torch.set_num_threads(1) # a pool of threads does not survive a fork
     import logging
     logging.disable(logging.WARNING) # that the last record is incomplete is what this is about
-    with tempfile.TemporaryDirectory() as folder:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None # a kill does not care where files are, and fsync is quick there
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
         print(json.dumps(cut(args.cut, args.seed, folder)) if args.cut else json.dumps(killed(WORKS[args.work](), args.kills, args.seed, folder, args.progress)))
 
 
