@@ -95,7 +95,7 @@ def check_space(
 
 
 def carry_out(
-    plan: Plan, # what to do
+    work: Plan, # what to do
     base: Checkpoint,
     tasks: Mapping[str, Checkpoint],
     out: str, # what is to appear
@@ -104,11 +104,11 @@ def carry_out(
 ) -> str: # what to print
     "Show a plan, and unless only that was asked for, carry it out."
     options = run_options(**options)
-    if options["plan"]: return json_format.dumps(plan.to_json(), indent=1) if options["json"] else plan.table()
+    if options["plan"]: return json_format.dumps(work.to_json(), indent=1) if options["json"] else work.table()
     engine, silent = choose_engine(options["engine"], options["address"]), options["quiet"] or options["json"]
-    check_space(plan, out)
-    if not silent: tqdm.write(plan.table() + "\n")
-    report = run_plan(plan, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"])
+    check_space(work, out)
+    if not silent: tqdm.write(work.table() + "\n")
+    report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"])
     return json_format.dumps(report, indent=1) if options["json"] else summary(report, out)
 
 # %% ../../nbs/scale/30d_commands.ipynb #17a2b35a
@@ -165,6 +165,11 @@ def merge_summary(
 def _rank(text: str | None) -> int | str | None: return int(text) if text and text.isdecimal() else text
 
 
+def _most(text: str, out: str) -> int | str:
+    "Bytes of one file: without a limit where there is to be one file."
+    return 2**62 if out.endswith(".safetensors") else int(text) if text.isdecimal() else text
+
+
 def _one_file(out: str, ending: str) -> None:
     "Raise if an output is not called as it should be."
     if not out.endswith(ending): raise ValueError(f"--out must be a file that ends in {ending}, got {out!r}.")
@@ -188,7 +193,7 @@ def merge_command(
     start, tuned = _opened(base, tasks)
     keys, running = key_options(**kwargs)
     plan = make_plan("merge", start, tuned, rank=_rank(rank), alpha=alpha, orthogonalize=None if orthogonalize == "none" else orthogonalize, split=split,
-                     weights=_weights(weights), dtype=dtype, shard_size=2**62 if out.endswith(".safetensors") else shard_size, **keys)
+                     weights=_weights(weights), dtype=dtype, shard_size=_most(shard_size, out), **keys)
     return carry_out(plan, start, tuned, out, merge_summary, **running)
 
 # %% ../../nbs/scale/30d_commands.ipynb #1d1fa51f
@@ -244,7 +249,7 @@ def expand_command(
 ) -> str: # what to print
     "Make a fine-tuned checkpoint again, from the base and an archive. Example: tsv_expand base task.safetensors --out task"
     start, tuned = open_checkpoint(base), {"archive": open_archive(archive)}
-    plan = make_plan("expand", start, tuned, alpha=alpha, dtype=dtype, threads=threads, shard_size=2**62 if out.endswith(".safetensors") else shard_size)
+    plan = make_plan("expand", start, tuned, alpha=alpha, dtype=dtype, threads=threads, shard_size=_most(shard_size, out))
     return carry_out(plan, start, tuned, out, _finished, **kwargs)
 
 # %% ../../nbs/scale/30d_commands.ipynb #4a8f8f20

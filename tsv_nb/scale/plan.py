@@ -97,7 +97,7 @@ class Plan:
     notes: tuple[str, ...] = () # what was found and is no error
     def digest(self) -> str:
         "A hash: runs resume each other only if it is equal."
-        what = [self.command, [asdict(t) for t in self.tensors], self.shards, self.units, self.options, self.inputs]
+        what = [self.command, [list(vars(t).values()) for t in self.tensors], self.shards, self.units, self.options, self.inputs]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     def shard_names(self) -> list[str]: # "model-00001-of-00003.safetensors", …; "model.safetensors" if it is one
         "File names of the shards, as `transformers` has them."

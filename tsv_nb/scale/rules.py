@@ -26,12 +26,14 @@ KINDS: dict[str, tuple[str, ...]] = { # what is not decomposed by default; the n
     "text projection": ("text_projection", "text_projection.weight"),
 }
 _ENDS = {end: (kind, end.lstrip("^")) for kind, ends in KINDS.items() for end in ends}
+_SUFFIXES = tuple(end for _, end in _ENDS.values())
 
 
 def kind_of(
     name: str, # of a tensor
 ) -> tuple[str, str] | None: # a key of KINDS and the end that says so; None for a layer
     "What a tensor is, if its name says that it is not a layer."
+    if not name.endswith(_SUFFIXES): return None # most names
     parts = name.split(".")
     tails = (".".join(parts[-i:]) for i in (1, 2, 3, 4))
     return _ENDS.get("^" + name) or next((_ENDS[t] for t in tails if t in _ENDS), None)
@@ -41,7 +43,7 @@ def pattern(
     patterns: Iterable[str], # with wildcards: for a whole name; without: a part of it
 ) -> re.Pattern: # its `search` answers, for a name
     "Several patterns as one regular expression."
-    return re.compile("|".join(translate(p) if re.search(r"[*?[]", p) else re.escape(p) for p in patterns) or r"(?!)", re.S)
+    return re.compile("|".join(r"\A" + translate(p) if re.search(r"[*?[]", p) else re.escape(p) for p in patterns) or r"(?!)", re.S)
 
 
 class Choice(NamedTuple):
@@ -72,8 +74,9 @@ class Rules:
         for option, patterns in self.patterns.items():
             for p, compiled in patterns.items():
                 if any(map(compiled.search, names)): continue
-                close = difflib.get_close_matches(p, list(names)[:2000], 1, .4)
-                raise ValueError(f"{option} pattern {p!r} fits no tensor" + (f"; there is {close[0]!r}, for example." if close else "; look at the names with --plan."))
+                words = {w: 0 for n in names[:2000] for w in (*n.split("."), n)} # in order
+                close = difflib.get_close_matches(p.strip("*."), words, 1)
+                raise ValueError(f"{option} pattern {p!r} fits no tensor" + (f"; did you mean {close[0]!r}?" if close else "; a plan without it lists the names."))
 
 # %% ../../nbs/scale/30b2_rules.ipynb #0a136cf6
 def check_not_quantized(

@@ -47,7 +47,7 @@ class Job:
         "What is to be done with each tensor."
         return {t.name: t for t in self.plan.tensors}
 
-
+# %% ../../nbs/scale/30c_stream.ipynb #cc30f02d
 @dataclass
 class Reader:
     "Reads tensors of a job, and remembers the digests of what it has read."
@@ -83,7 +83,7 @@ def read_delta(
     if planned.rows is not None: tuned = tuned[:planned.rows]
     return tuned.to(wide_dtype(start, tuned), copy=True).sub_(start)
 
-
+# %% ../../nbs/scale/30c_stream.ipynb #3a4c2332
 def read_start(
     read: Reader, # of the job
     planned: PlannedTensor, # what to read
@@ -157,7 +157,7 @@ def average_tensor(
     done = start.to(total.dtype).add(total, alpha=options["alpha"] / len(read.job.tasks)).to(getattr(torch, planned.dtype))
     return {planned.name: _completed(whole, done)}, {}
 
-
+# %% ../../nbs/scale/30c_stream.ipynb #a95cbfcb
 def copy_tensor(
     read: Reader, # of the job
     planned: PlannedTensor, # with how = "copy"
@@ -183,7 +183,7 @@ def compress_tensor(
     facts |= dict(rank={task: f.rank}, energy={task: min(1., f.S.double().square().sum().item() / total) if total else 1.})
     return {f"{part}/{name}": t for part, t in f._asdict().items()}, facts
 
-
+# %% ../../nbs/scale/30c_stream.ipynb #147f71cf
 def expand_tensor(
     read: Reader, # of the job, whose one task is an archive
     planned: PlannedTensor,
@@ -209,7 +209,7 @@ def score_tensor(
         for j in range(i): pairs[i, j] = pairs[j, i] = sum(_score([fs[i], fs[j]]) for fs in factors)
     return {}, facts | dict(interference=sum(map(_score, factors)), pairs=[[pairs.get((i, j), 0.) for j in range(T)] for i in range(T)])
 
-
+# %% ../../nbs/scale/30c_stream.ipynb #cc62219a
 WORK = {"merge": dict(merge=merge_tensor, average=average_tensor, copy=copy_tensor), # command -> how -> what does it
         "compress": dict.fromkeys(("merge", "average", "copy"), compress_tensor),
         "expand": dict.fromkeys(("merge", "average", "copy"), expand_tensor),
@@ -224,7 +224,7 @@ def _threads(n: int | None) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-
+# %% ../../nbs/scale/30c_stream.ipynb #a32fdaf5
 def run_unit(
     job: Job, # what to do
     unit: int, # index into `job.plan.units`
@@ -277,7 +277,7 @@ def _drive(finished: Iterator[int], work: WorkFolder, cost: Sequence[float], bef
             for unit in finished: work.collect(unit); bar.update(cost[unit])
         finally: getattr(finished, "close", int)() # an engine with workers sends them home
 
-
+# %% ../../nbs/scale/30c_stream.ipynb #66d97ac6
 def run_plan(
     plan: Plan, # what to do
     base: Mapping[str, Tensor], # theta_0, a Checkpoint

@@ -1,0 +1,175 @@
+"""The commands for large checkpoints, as somebody types them: what they print, what they leave, how they end and go on."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from scale_models import digests, fine, load_output, relative, report_of, save_all, states, timeless
+
+from tsv_nb import CompressedTaskVector, apply_task_vector, compress, interference_by_layer, task_vector, tsv_merge
+from tsv_nb.scale import commands
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = ["--exclude", "text_projection"]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory): return save_all(tmp_path_factory.mktemp("models"))
+
+
+def said(capsys, name, *argv):
+    "What a command that succeeds writes to standard output."
+    getattr(commands, name)(list(map(str, argv)))
+    return capsys.readouterr().out
+
+
+def refused(name, *argv):
+    with pytest.raises(SystemExit) as e: getattr(commands, name)(list(map(str, argv)))
+    return e.value.code
+
+
+SLOW = "import sys, time, dataclasses; import tsv_nb.scale.commands as c, tsv_nb.scale.stream as s; make, unit = c.make_plan, s.run_unit\n" \
+       "c.make_plan = lambda *a, **k: (p := make(*a, **k), dataclasses.replace(p, units=tuple((n,) for u in p.units for n in u)))[1]\n" \
+       "s.run_unit = lambda *a: (time.sleep({}), unit(*a))[1]\nc.{}()" # each tensor a unit, and a pause before each
+
+
+def child(name, *argv, pause=0.):
+    "A command in a process of its own."
+    return subprocess.Popen([sys.executable, "-c", SLOW.format(pause, name), *map(str, argv), "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def here(name, *argv):
+    "The same in this process, without a pause."
+    make = commands.make_plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "make_plan", lambda *args, **options: fine(make(*args, **options)))
+        getattr(commands, name)([str(a) for a in (*argv, "--threads", 1)])
+
+
+def wait_for(process, what, seconds=120):
+    end = time.monotonic() + seconds
+    while not what() and process.poll() is None and time.monotonic() < end: time.sleep(.01)
+    assert process.poll() is None, process.communicate()
+
+
+def test_merge(tmp_path, paths, capsys):
+    out = said(capsys, "tsv_merge", *paths, "--out", tmp_path / "out", *PAPER, "--alpha", ".5", "--weights", "1,2,1")
+    base, *tasks = states()
+    want = apply_task_vector(base, tsv_merge([task_vector(base, t) for t in tasks], small="average", weights=[1, 2, 1]), .5)
+    got = load_output(tmp_path / "out")
+    assert got.keys() == want.keys() and all(relative(got[n], want[n]) < 1e-5 for n in want)
+    assert "decomposed and merged" in out and "peak memory" in out and "Interference (STI, sum over layers)" in out and f"Written to {tmp_path / 'out'}: " in out
+    assert max(map(len, out.replace(str(tmp_path), "").splitlines())) <= 80 and report_of(tmp_path / "out")["options"]["weights"] == [1, 2, 1]
+
+
+def test_the_plan_comes_first_and_may_be_all(tmp_path, paths, capsys):
+    plan = said(capsys, "tsv_merge", *paths, "--out", tmp_path / "out", "--plan")
+    assert "text projection (excluded by default" in plan and "peak memory" in plan and not list(tmp_path.iterdir())
+    known = json.loads(said(capsys, "tsv_merge", *paths, "--out", tmp_path / "out", "--plan", "--json"))
+    assert {t["name"]: t["how"] for t in known["tensors"]}["h.0.mlp.weight"] == "merge" and known["peak_bytes"] > 0 and not list(tmp_path.iterdir())
+    assert said(capsys, "tsv_merge", *paths, "--out", tmp_path / "out").startswith(plan.splitlines()[0])
+
+
+def test_json_is_the_report(tmp_path, paths, capsys):
+    report = json.loads(said(capsys, "tsv_merge", *paths, "--out", tmp_path / "m.safetensors", "--json"))
+    assert timeless(report) == timeless(report_of(tmp_path / "m.safetensors")) and report["command"] == "merge"
+
+
+def test_compress_and_expand(tmp_path, paths, capsys):
+    archive, back = tmp_path / "a.safetensors", tmp_path / "back"
+    out = said(capsys, "tsv_compress", *paths[:2], "--out", archive, *PAPER, "--rank", 4)
+    base, task, *_ = states()
+    want, got = compress(task_vector(base, task), rank=4), CompressedTaskVector.load(archive)
+    assert all(torch.allclose(a, b) for n, f in want.factors.items() for a, b in zip(got.factors[n], f)) and "tensors stored as factors" in out
+    assert "rebuilt from factors" in said(capsys, "tsv_expand", paths[0], archive, "--out", back, "--alpha", "2")
+    assert all(torch.allclose(x, load_output(back)[n]) for n, x in got.apply_to(base, 2.).items())
+    save_file(base, tmp_path / "b.safetensors")
+    assert "holds no compressed task vector; make one with tsv_compress" in refused("tsv_expand", paths[0], tmp_path / "b.safetensors", "--out", tmp_path / "x")
+
+
+def test_interference(tmp_path, paths, capsys):
+    out = said(capsys, "tsv_interference", *paths, "--out", tmp_path / "i.json", *PAPER)
+    base, *tasks = states()
+    total = sum(interference_by_layer([task_vector(base, t) for t in tasks]).values())
+    assert f"{total:12.4g}  all layers together" in out and "task2" in out and max(map(len, out.replace(str(tmp_path), "").splitlines())) <= 80
+    assert report_of(tmp_path / "i.json")["command"] == "interference"
+
+
+def test_quiet(tmp_path, paths, capfd):
+    here("tsv_merge", *paths, "--out", tmp_path / "out", "--quiet")
+    assert tuple(capfd.readouterr()) == ("", "") and (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["--weights", "1;2"], "weights must be numbers with commas between them, got '1;2'"), (["--engine", "rey"], "unknown engine 'rey'; known: 'local', 'ray'. Did you mean 'ray'?"),
+    (["--address", "auto"], "is for --engine ray"), (["--vocab", "comon"], "Did you mean 'common'?"), (["--rank", "0"], "rank must be at least 1"), (["--rank", "ful"], "rank must be at least 1 and whole, got 'ful'"),
+    (["--exclude", "no_such_tensor"], "fits no tensor"), (["--shard-size", "5 apples"], "shard size must be"), (["--dtype", "int8"], "unknown dtype 'int8'"), (["--weights", "1,2"], "2 weights for 3 tasks")])
+def test_wrong_values_are_named(tmp_path, paths, argv, text):
+    assert text in refused("tsv_merge", *paths, "--out", tmp_path / "out", *argv) and not list(tmp_path.iterdir())
+
+
+def test_wrong_paths_are_named(tmp_path, paths):
+    assert "no/such" in refused("tsv_merge", paths[0], "no/such", "--out", tmp_path / "out")
+    assert "would be called 'task0'; give this one a name of its own: NAME=" in refused("tsv_merge", *paths, paths[1], "--out", tmp_path / "out")
+    assert "must be a file that ends in .safetensors" in refused("tsv_compress", *paths[:2], "--out", tmp_path / "out")
+    assert "must be a file that ends in .json" in refused("tsv_interference", *paths, "--out", tmp_path / "out")
+
+
+def test_tasks_have_names(tmp_path, paths, capsys):
+    report = json.loads(said(capsys, "tsv_merge", paths[0], f"law={paths[1]}", "--out", tmp_path / "out", f"math={paths[1]}", "--json")) # an option between the tasks
+    assert list(report["inputs"]) == ["base", "law", "math"]
+
+
+def test_a_disk_too_small_for_the_output(tmp_path, paths, monkeypatch):
+    monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=1000)))
+    assert "are free there; make room, or choose another --out" in refused("tsv_merge", *paths, "--out", tmp_path / "deep" / "out") and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_and_go_on(tmp_path, paths, capsys):
+    out, ref = tmp_path / "out", tmp_path / "ref"
+    here("tsv_merge", *paths, "--out", ref)
+    run = child("tsv_merge", *paths, "--out", out, pause=.3)
+    wait_for(run, lambda: len(list((tmp_path / "out.partial").glob("parts/*.safetensors"))) > 2)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and f"tsv_merge: stopped. What is finished is in {out}.partial; the same command goes on from there." in err and "Traceback" not in err and not out.exists()
+    assert "holds an unfinished run of another kind: rank was None and is now 2" in refused("tsv_merge", *paths, "--out", out, "--rank", 2, "--threads", 1)
+    capsys.readouterr()
+    here("tsv_merge", *paths, "--out", out)
+    assert "pieces were there already" in capsys.readouterr().out and digests(out) == digests(ref)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_sigkill_and_go_on(tmp_path, paths):
+    "Killed with the n-th part, at the first shard, and just after the start; the same process goes on each time."
+    out, ref, partial = tmp_path / "out", tmp_path / "ref", tmp_path / "out.partial"
+    options = ["--shard-size", "15000"]
+    here("tsv_merge", *paths, "--out", ref, *options)
+    for there in (lambda: partial.exists(), lambda: list(partial.glob("parts/*.safetensors")), lambda: list(partial.glob("done/*.json")), lambda: len(list(partial.glob("parts/*.safetensors"))) > 1):
+        run = child("tsv_merge", *paths, "--out", out, *options, pause=.2)
+        wait_for(run, there)
+        run.kill()
+        run.communicate()
+        assert not out.exists()
+    here("tsv_merge", *paths, "--out", out, *options)
+    assert digests(out) == digests(ref) and not partial.exists()
+
+
+def test_a_second_process_is_told(tmp_path, paths):
+    first = child("tsv_merge", *paths, "--out", tmp_path / "out", pause=.5)
+    wait_for(first, lambda: (tmp_path / "out.partial" / "plan.json").exists())
+    assert f"another process is working on {str(tmp_path / 'out')!r}" in refused("tsv_merge", *paths, "--out", tmp_path / "out", "--threads", 1)
+    first.kill(); first.communicate()
+
+
+def test_a_bar_with_the_time_that_is_left(tmp_path, paths, capfd):
+    here("tsv_merge", *paths, "--out", tmp_path / "out")
+    err = capfd.readouterr().err
+    assert "merge 100%|" in err and "<00:00" in err
