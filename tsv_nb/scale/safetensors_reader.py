@@ -39,13 +39,13 @@ class Entry:
         "A tensor of this shape and type without numbers."
         return torch.empty((), dtype=self.dtype).expand(self.shape)
 
-# %% ../../nbs/scale/30a_safetensors.ipynb #4fc633d8
+# %% ../../nbs/scale/30a_safetensors.ipynb #6612a465
 def damaged(
     where: str, # how the message calls the file
     why: str, # what is wrong with it
 ) -> ValueError: # to be raised
     "The error for a file that is not what it should be."
-    return ValueError(f"{where} is damaged, incomplete or not a checkpoint ({why}); download or save it again.")
+    return ValueError(f"{where} is damaged, incomplete or not a checkpoint ({why[:500]}); download or save it again.")
 
 
 def strict_json(
@@ -150,7 +150,7 @@ def parse_header(
     check_cover(entries, begin, size, strict)
     return entries, metadata or {}
 
-# %% ../../nbs/scale/30a_safetensors.ipynb #b1fcee8e
+# %% ../../nbs/scale/30a_safetensors.ipynb #3e339aa4
 class ByteFile:
     "A file that is read at positions; short reads and changes since it was opened are errors."
     piece = 2**24 # bytes asked for at a time
@@ -158,7 +158,8 @@ class ByteFile:
         "Read as many bytes as `view` has, from position `start`."
         at = 0
         while at < len(view):
-            n = self._some(view[at:at + self.piece], start + at)
+            try: n = self._some(view[at:at + self.piece], start + at)
+            except FileNotFoundError: self.check_unchanged(); raise
             if not n: self.check_unchanged(); raise damaged(self.where, f"it ends at byte {start + at}, and {len(view) - at} more are wanted")
             at += n
         self.check_unchanged()
