@@ -31,7 +31,7 @@ def properties():
     return dict(cases=10_000, properties=int(re.search(r"(\d+) passed", run.stdout)[1]), failed=0, seed=int(os.environ.get("SEED", 0)), seconds=round(time.perf_counter() - start, 1))
 
 
-PARTS = dict(kills=lambda: [figures("kills.py", work, "--kills", KILLS) for work in ("merge", "merge-file", "suite", "records")], cut=lambda: figures("kills.py", "--cut", ROUNDS),
+PARTS = dict(kills=lambda: [figures("kills.py", work, "--kills", KILLS) for work in ("merge", "merge-file", "replace", "suite", "records")], cut=lambda: figures("kills.py", "--cut", ROUNDS),
              memory=lambda: figures("memory.py"), properties=properties)
 
 

@@ -1,6 +1,6 @@
 """Kill a program again and again, start it again each time, and look at what it leaves.
 
-Usage: python tests/reliability/kills.py WORK [--kills 10] [--seed 0]     prints a JSON object; WORK is merge, merge-file, suite or records
+Usage: python tests/reliability/kills.py WORK [--kills 10] [--seed 0]     prints a JSON object; WORK is merge, merge-file, replace, suite or records
 
 This process imports everything once and forks a child for each attempt, so a kill costs what the work costs and not an interpreter's start. A child gets
 SIGKILL at a random moment: after a random time; at a random line of the package's code that writes; or at a random call of the operating system (before
@@ -171,7 +171,7 @@ def killed(work, kills, seed, folder, progress=False):
 
 
 class Work:
-    "Something to be killed: `run` starts or resumes it, `result` is a digest of its final files."
+    "Something to be killed. `run` starts or resumes it, `result` is a digest of its final files."
     watched, again = (), 0 # files whose lines are counted; how much may be computed again for each kill
     def prepare(self, folder): pass
     def done(self, folder): "How much is finished for good; may not become less."; return 0
@@ -270,7 +270,7 @@ def files_digest(path):
 
 class MergeWork(Work):
     "A streaming merge of three models into a folder of shards."
-    name, again, out, shard_size = "merge", 1, "merged", "60KB"
+    name, again, out, shard_size, options = "merge", 1, "merged", "60KB", {}
     def prepare(self, folder):
         import tsv_nb.scale.stream as stream
         self.stream, self.watched = stream, package("scale/", "compress.py")
@@ -289,7 +289,7 @@ class MergeWork(Work):
             _note(folder / "begun", f"{unit}\n")
             return run_unit(job, unit)
         self.stream.run_unit = noted
-        try: self.stream.run_plan(*self.plan(), folder / self.out, progress=False)
+        try: self.stream.run_plan(*self.plan(), folder / self.out, progress=False, **self.options)
         finally: self.stream.run_unit = run_unit
     def result(self, folder):
         strange = [p.name for p in folder.iterdir() if not p.name.startswith(Path(self.out).stem) and p.name != "begun" or p.name.endswith((".partial", ".tmp"))]
@@ -302,7 +302,8 @@ class MergeWork(Work):
         return "complete"
     def finished(self, folder):
         "Units whose part is there, or whose shard is."
-        if (folder / self.out).exists(): return set(range(self.units(folder)))
+        return set(range(self.units(folder))) if (folder / self.out).exists() else self.parts(folder)
+    def parts(self, folder):
         work, plan = folder / f"{self.out}.partial", self.plan()[0]
         done = {int(p.stem) for p in (work / "parts").glob("*.safetensors") if not p.name.startswith(".")}
         for receipt in (work / "done").glob("*.json"):
@@ -320,7 +321,24 @@ class FileWork(MergeWork):
     name, out, shard_size = "merge-file", "merged.safetensors", "5GB"
 
 
-WORKS = {w.name: w for w in (MergeWork, FileWork, SuiteWork, RecordsWork)}
+class ReplaceWork(FileWork):
+    "A merge into a file that exists: it is the old one or the new one at every moment."
+    name, options, old = "replace", dict(overwrite=True), b"the old file"
+    def run(self, folder):
+        folder.mkdir(exist_ok=True)
+        if not (folder / "begun").exists():
+            _note(folder / self.out, self.old.decode())
+            _note(folder / "begun", "")
+        super().run(folder)
+    def check(self, folder, expected):
+        if not (folder / "begun").exists(): return "absent"
+        return "old" if (folder / self.out).read_bytes() == self.old else super().check(folder, expected)
+    def finished(self, folder):
+        out = folder / self.out
+        return super().finished(folder) if out.exists() and out.read_bytes() != self.old else self.parts(folder)
+
+
+WORKS = {w.name: w for w in (MergeWork, FileWork, ReplaceWork, SuiteWork, RecordsWork)}
 
 
 def cut(rounds, seed, folder):

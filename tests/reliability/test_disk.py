@@ -95,6 +95,24 @@ def test_a_full_disk_and_then_more_room(disk, model):
     assert files_digest(out) == model.expected and [p.name for p in disk.folder.iterdir()] == ["merged"]
 
 
+@pytest.mark.parametrize("command", ["compress", "expand"])
+def test_archives_of_checkpoints_on_a_full_disk(disk, model, tmp_path, command):
+    "The same for one task vector that is compressed to a file, and for the checkpoint that is made of it."
+    base, task, archive = open_checkpoint(model.base), open_checkpoint(model.tasks["task0"]), tmp_path / "archive.safetensors"
+    def run(command, out):
+        tasks = {"task0": task if command == "compress" else open_checkpoint(archive)}
+        return run_plan(make_plan(command, base, tasks, threads=1, **dict(ratio=.5) if command == "compress" else {}), base, tasks, out, progress=False)
+    run("compress", archive)
+    expected, out = tmp_path / "expected.safetensors", disk.folder / "out.safetensors"
+    run(command, expected)
+    with disk.limited(20_000), pytest.raises(OSError, match="run the same command again") as e: run(command, out)
+    assert str(disk.folder) in str(e.value)
+    nothing_half_done(disk.folder, "out.safetensors", "out.report.json")
+    run(command, out)
+    assert out.read_bytes() == expected.read_bytes() and {p.name for p in disk.folder.iterdir()} == {"out.safetensors", "out.report.json"}
+    if command == "compress": assert set(CompressedTaskVector.load(out)) == {k for k in base if base.header(k).is_floating_point()}
+
+
 def contents(folder): return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
@@ -180,26 +198,27 @@ def test_a_file_that_changes_during_the_run(own, tmp_path, change, which):
     assert {p.name: p.read_bytes() for p in out.glob("*.safetensors")}.keys() and [p.name for p in tmp_path.iterdir() if "merged" in p.name] == ["merged"]
 
 
-def test_a_file_that_is_cut_while_it_is_read():
+@pytest.mark.parametrize("rounds", [12, pytest.param(200, marks=pytest.mark.long)])
+def test_a_file_that_is_cut_while_it_is_read(rounds):
     "At random moments, in children: each ends with the result or with an error, and none by a signal."
-    run = subprocess.run([sys.executable, Path(__file__).with_name("kills.py"), "--cut", "24"], env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    run = subprocess.run([sys.executable, Path(__file__).with_name("kills.py"), "--cut", str(rounds)], env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     ends = json.loads(run.stdout.splitlines()[-1])["ends"]
     assert set(ends) <= {"finished", "refused"} and ends["refused"] > 3
 
 
-@pytest.mark.parametrize("kind", ["archive", "masks"])
-def test_an_archive_that_is_cut_after_it_was_loaded(kind, tmp_path):
+def test_archives_that_are_cut_after_they_were_loaded(tmp_path):
     "What was loaded is in memory. (Numbers that are mapped from a file end the process when the file is cut.)"
     vector = {"w": torch.randn(300, 200, generator=torch.Generator().manual_seed(0))}
-    made = compress(vector) if kind == "archive" else magnitude_masks([vector])
-    path = made.save(tmp_path / "x.safetensors")
-    script = f"""import os, sys
+    archive, masks = compress(vector), magnitude_masks([vector])
+    script = """import os, sys
 from tsv_nb import CompressedTaskVector, TaskMasks
-loaded = {"CompressedTaskVector" if kind == "archive" else "TaskMasks"}.load(sys.argv[1])
-os.truncate(sys.argv[1], 64)
-print(sum(float(t.double().sum()) for t in {"loaded.factors['w']" if kind == "archive" else "loaded.packed.values()"}))"""
-    run = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
-    expected = sum(float(t.double().sum()) for t in (made.factors["w"] if kind == "archive" else made.packed.values()))
-    assert run.returncode == 0 and float(run.stdout) == pytest.approx(expected), run.stderr[-2000:]
-    with pytest.raises(ValueError, match="x.safetensors' is damaged"): (CompressedTaskVector if kind == "archive" else TaskMasks).load(path)
+loaded = CompressedTaskVector.load(sys.argv[1]), TaskMasks.load(sys.argv[2])
+for path in sys.argv[1:]: os.truncate(path, 64)
+for tensors in (loaded[0].factors["w"], loaded[1].packed.values()): print(sum(float(t.double().sum()) for t in tensors))"""
+    paths = archive.save(tmp_path / "archive.safetensors"), masks.save(tmp_path / "masks.safetensors")
+    run = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for said, tensors in zip(run.stdout.split(), (archive.factors["w"], masks.packed.values())): assert float(said) == pytest.approx(sum(float(t.double().sum()) for t in tensors))
+    for kind, path in zip((CompressedTaskVector, TaskMasks), paths):
+        with pytest.raises(ValueError, match=f"{path.name}' is damaged"): kind.load(path)
