@@ -56,14 +56,13 @@ class WholeFile:
     def __init__(self,
         path: str | Path, # its folder must exist
     ):
-        self.path, self.size, self.sha = Path(path), 0, hashlib.sha256()
+        self.path, self.sha = Path(path), hashlib.sha256()
         self.partial = self.path.with_name(f".{self.path.name[:80]}.{uuid.uuid4().hex}.tmp")
 
-    def write(self, data: bytes | memoryview) -> None: # `OSError` with the file's name
+    def write(self, data: bytes | memoryview) -> None: # `CannotWrite`
         "Append bytes."
         with writing(self.path): self.file.write(data)
         self.sha.update(data)
-        self.size += len(data)
 
     def __enter__(self):
         with writing(self.path): self.file = open(self.partial, "wb")

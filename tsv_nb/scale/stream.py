@@ -258,9 +258,9 @@ def local_engine(
         yield unit
 
 # %% ../../nbs/scale/30c_stream.ipynb #c1518516
-def _cost(planned: PlannedTensor, n_tasks: int) -> float:
+def _cost(planned: PlannedTensor, n_tasks: int) -> int:
     "How long a tensor takes, in arbitrary units: reading, and for matrices the decomposition."
-    return n_tasks * math.prod(planned.shape) * (1 + (planned.how == "merge") * min(planned.shape, default=1) / 50) + 1e4
+    return n_tasks * math.prod(planned.shape) * (1 + (planned.how == "merge") * (min(planned.shape, default=0) // 50)) + 10_000
 
 
 def peak_rss() -> int | None: # bytes; None where the system does not say
@@ -270,7 +270,7 @@ def peak_rss() -> int | None: # bytes; None where the system does not say
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _drive(finished: Iterator[int], work: WorkFolder, cost: Sequence[float], before: float, progress: bool) -> None:
+def _drive(finished: Iterator[int], work: WorkFolder, cost: Sequence[int], before: int, progress: bool) -> None:
     "Take the units that an engine finishes, under a bar with the time that is left."
     with tqdm(total=sum(cost), initial=before, desc=work.plan.command, disable=not progress, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
         try:
