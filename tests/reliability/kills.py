@@ -290,6 +290,8 @@ class MergeWork(Work):
             return run_unit(job, unit)
         self.stream.run_unit = noted
         try: self.stream.run_plan(*self.plan(), folder / self.out, progress=False, **self.options)
+        except ValueError as e: # killed when all was done and cleaned up, and only the folder was left
+            if not ((folder / self.out).exists() and "exists; choose another output" in str(e) and not (folder / f"{self.out}.partial").exists()): raise
         finally: self.stream.run_unit = run_unit
     def result(self, folder):
         strange = [p.name for p in folder.iterdir() if not p.name.startswith(Path(self.out).stem) and p.name != "begun" or p.name.endswith((".partial", ".tmp"))]

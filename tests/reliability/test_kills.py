@@ -4,12 +4,16 @@ The normal run kills each work ten times. `pytest -m long tests/reliability/test
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from kills import WORKS, Work, killed
+from kills import WORKS, MergeWork, Work, files_digest, killed
+
+from tsv_nb.scale.stream import run_plan
+from tsv_nb.scale.work import WorkFolder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -52,3 +56,57 @@ class Forgetful(Careless):
 @pytest.mark.parametrize("work, message", [(Careless, "not complete"), (Forgetful, "not complete|other files than")])
 def test_the_harness_sees_what_goes_wrong(work, message, tmp_path):
     with pytest.raises(AssertionError, match=message): killed(work(), 100, 0, tmp_path)
+
+
+# moments that the kills above found, or would find only now and then
+
+
+class Killed(BaseException): "As if the process had ended here."
+
+
+@pytest.fixture
+def work(tmp_path):
+    work = MergeWork()
+    work.prepare(tmp_path / "model")
+    run_plan(*work.plan(), tmp_path / "expected", progress=False)
+    work.expected = files_digest(tmp_path / "expected")
+    return work
+
+
+def run_until(work, out, **options):
+    with pytest.raises(Killed): run_plan(*work.plan(), out, progress=False, **options)
+
+
+@pytest.mark.parametrize("last", ["plan.json", "report.json"])
+def test_killed_while_cleaning_up(work, tmp_path, last, monkeypatch):
+    "The output is there, and so is a part of the folder of the run: going on is no error, whatever had been deleted by then."
+    out, remove = tmp_path / "out", Path.unlink
+    def unlink(path, **options):
+        if path.parent.name == "out.partial" and path.name == last: raise Killed
+        remove(path, **options)
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", unlink)
+        run_until(work, out)
+    assert out.exists() and (tmp_path / "out.partial").exists()
+    run_plan(*work.plan(), out, progress=False)
+    assert files_digest(out) == work.expected and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("steps", range(1, 4))
+def test_killed_while_starting_over(work, tmp_path, steps, monkeypatch):
+    "An old output is not taken for the new one, however much of the unfinished run had been deleted by then."
+    out, real, removed = tmp_path / "out", shutil.rmtree, []
+    out.write_text("old")
+    with monkeypatch.context() as m:
+        m.setattr(WorkFolder, "_publish", lambda *_: (_ for _ in ()).throw(Killed))
+        run_until(work, out, overwrite=True) # all is ready
+    def rmtree(path, **options):
+        real(path, **options)
+        removed.append(path)
+        if len(removed) == steps: raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "rmtree", rmtree)
+        try: run_plan(*work.plan(), out, progress=False, overwrite=True, restart=True)
+        except Killed: assert out.read_text() == "old"
+    run_plan(*work.plan(), out, progress=False, overwrite=True)
+    assert files_digest(out) == work.expected
