@@ -175,7 +175,7 @@ def save(
     dtypes = {name: str(d).removeprefix("torch.") for name, d in self.dtypes.items()}
     return save_atomic(tensors, path, {"kind": _KIND, "dtypes": json.dumps(dtypes)})
 
-# %% ../nbs/method/03_compress.ipynb #9658b68b
+# %% ../nbs/method/03_compress.ipynb #7d0a4e11
 def _in_memory(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     "Metadata and tensors of a safetensors file."
     views = deserialize(data) # checks the header
@@ -183,7 +183,7 @@ def _in_memory(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     def _tensor(dtype, shape, data): return torch.frombuffer(data, dtype=_DTYPES[dtype]).view(shape) if data else torch.empty(shape, dtype=_DTYPES[dtype])
     return meta or {}, {name: _tensor(**view) for name, view in views}
 
-
+# %% ../nbs/method/03_compress.ipynb #9658b68b
 def read_kind(
     path: Path, # a safetensors file
     kind: str, # what its header has to say
