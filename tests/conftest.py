@@ -22,9 +22,13 @@ def make_vectors(g, n_tasks=3, shapes={"w": (20, 12), "b": (20,)}, dtype=torch.f
 def vectors(g): return make_vectors(g)
 
 
-def pytest_collection_modifyitems(items):
-    "Notebooks, which take longest, come first; tests marked `cuda` are skipped where there is no NVIDIA GPU."
+def pytest_collection_modifyitems(config, items):
+    "Notebooks, which take longest, come first; tests marked `long` are left out unless asked for; those marked `cuda` are skipped where there is no NVIDIA GPU."
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    left_out = [item for item in items if item.get_closest_marker("long")] if "long" not in config.getoption("-m") else []
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     if torch.cuda.is_available(): return
     for item in items:
         if item.get_closest_marker("cuda"): item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

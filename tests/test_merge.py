@@ -221,3 +221,10 @@ def test_layers_taken_together_or_alone(g, options):
     together, alone = tsv_merge(v, batch_bytes=2**30, **options), tsv_merge(v, batch_bytes=1, **options)
     assert list(together) == list(alone) == list(shapes)
     for k in together: assert relative(together[k], alone[k]) < 2e-4, k
+
+
+def test_parameters_that_want_a_gradient(vectors):
+    "Task vectors of `named_parameters`, not of a state dict."
+    wanting = {t: {k: torch.nn.Parameter(x) for k, x in v.items()} for t, v in vectors.items()}
+    got, want = tsv_merge(wanting), tsv_merge(vectors)
+    assert all(torch.equal(got[k], want[k]) and not got[k].requires_grad for k in want)

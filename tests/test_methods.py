@@ -125,3 +125,12 @@ def test_each_row_says_where_it_comes_from():
 
 def test_an_unknown_method_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="'task_arithmatic'.*known: zero_shot.*Did you mean 'task_arithmetic'"): MERGE_METHODS["task_arithmatic"]
+
+
+@METHODS
+def test_a_result_that_does_not_fit_is_an_error_that_names_the_tensor(method):
+    "Sums of large float16 numbers. Methods whose result is no larger than the tasks return it."
+    vectors = {f"task{t}": {"w": torch.full((6, 5), 4e4).half(), "b": torch.full((6,), 4e4).half()} for t in range(3)}
+    try: merged = MERGE_METHODS[method](vectors)
+    except ValueError as e: assert "do not fit into torch.float16" in str(e) and ("'w'" in str(e) or "'b'" in str(e))
+    else: assert all(torch.isfinite(x).all() for x in merged.values())

@@ -99,3 +99,11 @@ def test_on_the_device(g, method):
     "Never run yet: no machine with a GPU so far."
     X = torch.stack([blocks(256, 32, 8, g), blocks(256, 32, 8, g, 1e-2)])
     assert error(orthogonalize(X.cuda(), method, TOL).cpu(), polar64(X)) < 1e-3
+
+
+@pytest.mark.parametrize("method", POLAR_METHODS)
+def test_nan_is_an_error(method):
+    "A comparison with NaN is false: every direction would be left out, and the answer be zeros."
+    X = torch.eye(70, 5)
+    X[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="'X' has 1 of 350 values that are NaN"): orthogonalize(X, method)

@@ -97,3 +97,13 @@ def test_average_is_arithmetic_at_one_over_T(g, vectors):
 def test_is_matrix():
     assert is_matrix("a.weight", torch.ones(2, 2)) and is_matrix("text_projection", torch.ones(2, 2), exclude=())
     assert not is_matrix("conv1.weight", torch.ones(2, 3, 4, 4)) and not is_matrix("model.text_projection", torch.ones(2, 2))
+
+
+def test_what_does_not_fit_into_its_type_is_an_error():
+    "60,000 and -60,000 are float16 numbers; their difference is not, and would be infinite without a word."
+    low, high = ({"w": torch.tensor([1., x]).half()} for x in (-6e4, 6e4))
+    with pytest.raises(ValueError, match="difference of tensor 'w': 1 of 2 values do not fit into torch.float16"): task_vector(low, high)
+    with pytest.raises(ValueError, match="result 'w': 1 of 2 values do not fit into torch.float16"): apply_task_vector(high, high)
+    with pytest.raises(ValueError, match="result 'w': 1 of 1 values do not fit"): apply_task_vector({"w": torch.ones(1).half()}, {"w": torch.tensor([1e6])})
+    with pytest.raises(ValueError, match="merged tensor 'w': 1 of 2 values do not fit"): task_arithmetic([high, high])
+    assert weight_average([high, high])["w"][1] == 6e4 and not apply_task_vector(high, low)["w"][1] # what fits is a number

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .checks import check_option
+from .checks import check_option, fitting
 from .task_vectors import Vectors, at_least_float32, entries_of, header, named_vectors, stacked_entries, task_arithmetic, task_weights
 
 # %% ../nbs/method/06_baselines.ipynb #0d36c402
@@ -118,7 +118,7 @@ def _ties(vectors: Mapping[str, Mapping], dtypes: Mapping[str, torch.dtype], den
     for name in draws if balance else ():
         x = _trimmed(name)
         result[name] = _merged(name, x, elect_signs(x, elect, 1 if balance > 0 else -1))
-    return result
+    return fitting(result, "merged tensor")
 
 # %% ../nbs/method/06_baselines.ipynb #b7af3041
 def ties_merge(
@@ -177,4 +177,5 @@ def dare_merge(
     thin = {task: _Dropped(v, drop, (seed, task)) for task, v in vectors.items()}
     dtypes = {name: header(first, name).dtype for name in first}
     if base == "ties": return _ties(thin, dtypes, **options)
-    return {name: task_arithmetic({task: {name: v[name]} for task, v in thin.items()}, **options)[name].to(dtypes[name]) for name in first}
+    merged = {name: task_arithmetic({task: {name: v[name]} for task, v in thin.items()}, **options)[name].to(dtypes[name]) for name in first}
+    return fitting(merged, "merged tensor")

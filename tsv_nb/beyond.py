@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .baselines import ties_merge
-from .checks import check_finite, check_match, check_option, check_same_keys, check_vector
+from .checks import check_finite, check_match, check_option, check_same_keys, check_vector, fitting
 from .low_rank import Factors, numerical_rank, truncated_svd
 from .merge import whiten_factors
 from .svd import leading_svd
@@ -80,7 +80,7 @@ def isotropic_merge(
         entries = stacked_entries(vectors, name)
         matrix = is_matrix(name, entries[0], exclude)
         merged[name] = (_isotropic(entries, common) if matrix else at_least_float32(entries).mean(0)).to(entries.dtype)
-    return merged
+    return fitting(merged, "merged tensor")
 
 # %% ../nbs/method/07_beyond.ipynb #2304eec2
 BASE_METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {"task_arithmetic": task_arithmetic, "ties": ties_merge}
@@ -122,7 +122,7 @@ def calibrate_singular_values(
     check_same_keys(first, merged, "merged task vector")
     for name in first: check_match(name, header(first, name), merged[name], "merged task vector: tensor")
     matrices = [name for name in first if is_matrix(name, merged[name], exclude)]
-    return {name: _calibrated(m, stacked_entries(vectors, name), floor).to(m.dtype) if name in matrices else m.clone() for name, m in merged.items()}
+    return fitting({name: _calibrated(m, stacked_entries(vectors, name), floor).to(m.dtype) if name in matrices else m.clone() for name, m in merged.items()}, "merged tensor")
 
 # %% ../nbs/method/07_beyond.ipynb #9952832e
 def calibrated_merge(
@@ -155,7 +155,7 @@ def boost_singular_values(
     if not 0 <= beta <= 1: raise ValueError(f"beta must be in [0, 1], got {beta}.")
     check_vector(merged, "merged task vector")
     for name, m in merged.items(): check_finite(name, m, "merged task vector: tensor")
-    return {name: _boosted(m, beta).to(m.dtype) if is_matrix(name, m, exclude) else m.clone() for name, m in merged.items()}
+    return fitting({name: _boosted(m, beta).to(m.dtype) if is_matrix(name, m, exclude) else m.clone() for name, m in merged.items()}, "merged tensor")
 
 
 def boosted_merge(

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .checks import check_finite, check_rank, check_same_keys, check_vector
 from .kernels.reconstruct import lowrank_reconstruct, lowrank_reconstruct_grouped
+from .lazy import _DTYPES
 from .low_rank import Factors, numerical_rank, truncated_svd
 from .task_vectors import apply_task_vector, at_least_float32, is_matrix
 
@@ -156,7 +157,10 @@ def save_atomic(
     metadata: Mapping[str, str] | None = None, # strings for the file's header
 ) -> Path: # the path written
     "Write a safetensors file under a temporary name, then rename it: a file of that name is always complete."
-    with written_whole(path) as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata=dict(metadata or {}))
+    with written_whole(path) as tmp:
+        try: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata=dict(metadata or {}))
+        except SafetensorError as e: raise OSError(f"{str(path)!r} cannot be written ({e}); make room there, or choose another folder.") from e
+        except UnicodeEncodeError as e: raise ValueError(f"{str(path)!r} cannot be written: the name {e.object!r} has half a character in it; rename that tensor.") from e
     return Path(path)
 
 # %% ../nbs/method/03_compress.ipynb #a17874ee
@@ -171,6 +175,14 @@ def save(
     dtypes = {name: str(d).removeprefix("torch.") for name, d in self.dtypes.items()}
     return save_atomic(tensors, path, {"kind": _KIND, "dtypes": json.dumps(dtypes)})
 
+# %% ../nbs/method/03_compress.ipynb #7d0a4e11
+def _in_memory(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
+    "Metadata and tensors of a safetensors file."
+    views = deserialize(data) # checks the header
+    meta = json.loads(data[8:8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+    def _tensor(dtype, shape, data): return torch.frombuffer(data, dtype=_DTYPES[dtype]).view(shape) if data else torch.empty(shape, dtype=_DTYPES[dtype])
+    return meta or {}, {name: _tensor(**view) for name, view in views}
+
 # %% ../nbs/method/03_compress.ipynb #9658b68b
 def read_kind(
     path: Path, # a safetensors file
@@ -181,14 +193,11 @@ def read_kind(
 ) -> tuple[dict[str, str], dict[str, Tensor]]: # header, tensors
     "Read a file of one kind; `FileNotFoundError`, or `ValueError` for a damaged or foreign file."
     if not path.is_file(): raise FileNotFoundError(f"no {what} at {str(path)!r}; check the path.")
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()} if meta.get("kind") == kind else {}
-    except (SafetensorError, OSError) as e:
+    try: meta, tensors = _in_memory(path.read_bytes())
+    except (SafetensorError, OSError, KeyError) as e:
         raise ValueError(f"{str(path)!r} is damaged or not a safetensors file ({e}); write it again with `save`.") from e
     if meta.get("kind") != kind: raise ValueError(f"{str(path)!r} is a safetensors file, but holds no {what}; make one with `{advice}`.")
-    return meta, tensors
+    return meta, {name: t.to(device) for name, t in tensors.items()}
 
 
 def _factors(path: Path, tensors: dict[str, Tensor], name: str) -> Factors:

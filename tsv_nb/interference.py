@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import check_option, check_rank
+from .checks import check_option, check_rank, fitting
 from .kernels.interference import interference_score
 from .low_rank import Factors, numerical_rank, truncated_svd
 from .task_vectors import Vectors, at_least_float32, header, is_matrix, named_vectors, stacked_entries
@@ -91,7 +91,8 @@ def interference_by_layer(
     exclude: Sequence[str] = ("text_projection",), # keys that are not decomposed
 ) -> dict[str, float]: # matrix name -> STI
     "STI of every layer, in the order of the network."
-    return {name: singular_task_interference(*f, norm=norm).item() for name, f in _matrices(vectors, rank, exclude)}
+    scores = {name: singular_task_interference(*f, norm=norm) for name, f in _matrices(vectors, rank, exclude)}
+    return {name: score.item() for name, score in fitting(scores, "interference of tensor").items()}
 
 # %% ../nbs/method/04_interference.ipynb #f187b32f
 def pairwise_interference(
@@ -104,7 +105,8 @@ def pairwise_interference(
     T = len(vectors)
     i, j = torch.triu_indices(T, T, 1)
     result = torch.zeros(T, T, dtype=torch.float64)
-    for _, f in _matrices(vectors, rank, exclude):
+    for name, f in _matrices(vectors, rank, exclude):
         pairs = Factors(*(torch.stack([o[i], o[j]], 1) for o in f)) # (T (T - 1) / 2, 2, …)
-        result[i, j] += singular_task_interference(*pairs, norm=norm).double().cpu()
+        scores = fitting({name: singular_task_interference(*pairs, norm=norm)}, "interference of tensor")
+        result[i, j] += scores[name].double().cpu()
     return result + result.T

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_option
+from .checks import check_finite, check_option, fitting
 from .kernels.reconstruct import lowrank_reconstruct
 from .svd import SVD_METHODS, leading_svd
 from .task_vectors import at_least_float32
@@ -54,7 +54,9 @@ def truncated_svd(
     r = min(delta.shape[-2:])
     if not 1 <= rank <= r: raise ValueError(f"rank must be between 1 and min(m, n) = {r} for a {tuple(delta.shape[-2:])} matrix, got {rank}.")
     check_finite("delta", delta)
-    return Factors(*(o.to(delta.dtype) for o in leading_svd(at_least_float32(delta), rank, method)))
+    f = Factors(*(o.to(delta.dtype) for o in leading_svd(at_least_float32(delta), rank, method)))
+    fitting({"S": f.S}, "singular values")
+    return f
 
 # %% ../nbs/method/02_low_rank.ipynb #96bf01aa
 def reconstruct(

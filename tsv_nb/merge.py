@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import check_option, check_rank
+from .checks import check_option, check_rank, fitting
 from .interference import layer_factors
 from .kernels.reconstruct import lowrank_reconstruct
 from .low_rank import Factors
@@ -156,4 +156,4 @@ def tsv_merge(
     for name in (tqdm if progress is True else progress or iter)(list(of)):
         if name in done: continue
         done |= zip(of[name], _merge_entries(of[name], vectors, plan[name], orthogonalize, split, weights))
-    return {name: done[name] for name in plan}
+    return fitting({name: done[name] for name in plan}, "merged tensor")

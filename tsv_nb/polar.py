@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import check_option
-from .svd import gram_eigh, leading_svd
+from .checks import check_finite, check_option
+from .svd import gram_eigh, in_range, leading_svd
 from .task_vectors import at_least_float32
 
 # %% ../nbs/method/04b_polar.ipynb #61cb889e
@@ -87,7 +87,8 @@ def orthogonalize(
     "Replace a matrix by its polar factor (orthogonal Procrustes, symmetric whitening)."
     check_option("orthogonalize method", method, POLAR_METHODS)
     if X.numel() == 0: return X.clone()
-    x = at_least_float32(X)
+    check_finite("X", X)
+    x = in_range(at_least_float32(X))[0] # the polar factor is the same in any unit
     if tol is None: tol = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
     if x.shape[-2] < x.shape[-1]: return POLAR_METHODS[method](x.mT, tol).mT.to(X.dtype)
     return POLAR_METHODS[method](x, tol).to(X.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .beyond import BASE_METHODS, base_method, isotropic_merge
-from .checks import check_finite, check_rank, check_same_keys
+from .checks import check_finite, check_rank, check_same_keys, fitting
 from .interference import layer_factors
 from .low_rank import numerical_rank
 from .merge import tsv_merge
@@ -53,7 +53,7 @@ def knots_merge(
     aligned = {task: {name: bases[name].mT @ at_least_float32(v[name]) for name in used} for task, v in vectors.items()}
     merged, rest = method(aligned, **options) if used else {}, _rest(vectors, matrices, method, options)
     def _back(name: str) -> Tensor: return bases[name] @ merged[name] if name in merged else torch.zeros_like(header(first, name), memory_format=torch.contiguous_format)
-    return {name: (_back(name) if name in bases else rest[name]).to(header(first, name).dtype) for name in first}
+    return fitting({name: (_back(name) if name in bases else rest[name]).to(header(first, name).dtype) for name in first}, "merged tensor")
 
 # %% ../nbs/method/07b_spaces.ipynb #1817a412
 class CoreSpace(NamedTuple):
@@ -127,7 +127,7 @@ def core_space_merge(
 ) -> dict[str, Tensor]: # name -> (m, n), the merged task matrices, in the dtype of B
     "Core Space merging of LoRA adapters."
     adapters, method = _checked(adapters), base_method(base, CORE_METHODS)
-    return {name: _merge_core({task: a[name] for task, a in adapters.items()}, name, method, options) for name in next(iter(adapters.values()))}
+    return fitting({name: _merge_core({task: a[name] for task, a in adapters.items()}, name, method, options) for name in next(iter(adapters.values()))}, "merged tensor")
 
 # %% ../nbs/method/07b_spaces.ipynb #12d53895
 def core_space_vectors(
@@ -148,4 +148,4 @@ def core_space_vectors(
         pairs = {task: (f.U * f.S.sqrt(), f.S.sqrt().unsqueeze(-1) * f.Vh) for task, f in zip(vectors, factors)}
         merged[name] = _merge_core(pairs, name, method, options).to(deltas.dtype)
     merged |= _rest(vectors, list(merged), method, options)
-    return {name: merged[name] for name in first}
+    return fitting({name: merged[name] for name in first}, "merged tensor")

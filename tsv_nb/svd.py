@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SVD', 'SVD_METHODS', 'exact_svd', 'gram', 'gram_eigh', 'rayleigh_ritz', 'gram_svd', 'randomized_svd', 'svd_residual',
-           'leading_svd']
+           'in_range', 'leading_svd']
 
 # %% ../nbs/method/02b_fast_svd.ipynb #a71e3237
 import math
@@ -160,6 +160,17 @@ def _auto(x: Tensor, rank: int) -> SVD:
 
 SVD_METHODS: dict[str, Callable[[Tensor, int], SVD]] = {"auto": _auto, "svd": exact_svd, "gram": gram_svd, "randomized": _randomized}
 
+# %% ../nbs/method/02b_fast_svd.ipynb #3e8d1c51
+def in_range(
+    x: Tensor, # (..., m, n) float32 or float64
+) -> tuple[Tensor, Tensor | None]: # `x`, divided by powers of two (..., 1, 1), and these; where there is no need, `x` itself and None
+    "Matrices whose fourth powers can be computed with."
+    size = torch.linalg.vector_norm(x, math.inf, (-2, -1), keepdim=True)
+    low, high = (2.**-28, 2.**16) if x.dtype == torch.float32 else (2.**-200, 2.**200)
+    if not (((size > high) | (size < low) & (size > 0)) & size.isfinite()).any(): return x, None
+    unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1).where(size > 0, 1)
+    return x / unit, unit
+
 # %% ../nbs/method/02b_fast_svd.ipynb #6db377e9
 def leading_svd(
     x: Tensor, # (..., m, n) in float32 or float64
@@ -171,6 +182,9 @@ def leading_svd(
     if x.shape[-2] < x.shape[-1]:
         U, S, Vh = leading_svd(x.mT, rank, method)
         return Vh.mT, S, U.mT
+    if x.numel() and (scaled := in_range(x))[1] is not None:
+        U, S, Vh = leading_svd(scaled[0], rank, method)
+        return U, S * scaled[1].squeeze(-1), Vh
     if x.numel() == 0 or rank == 0: return x.new_zeros(*x.shape[:-1], rank), x.new_zeros(*x.shape[:-2], rank), x.new_zeros(*x.shape[:-2], rank, x.shape[-1])
     try: return SVD_METHODS[method](x, rank)
     except torch.linalg.LinAlgError: return exact_svd(x, rank)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from .checks import check_alike, check_finite, check_match, check_same_keys, check_state_dict, check_vector
+from .checks import check_alike, check_finite, check_match, check_same_keys, check_state_dict, check_vector, fitting
 
 # %% ../nbs/method/01_task_vectors.ipynb #87d3a744
 def at_least_float32(
@@ -39,7 +39,7 @@ def task_vector(
         check_finite(name, start, "pre-trained tensor")
         check_match(name, start, finetuned[name], "fine-tuned tensor")
         tau[name] = (at_least_float32(finetuned[name]) - at_least_float32(start)).to(finetuned[name].dtype)
-    return tau
+    return fitting(tau, "difference of tensor")
 
 # %% ../nbs/method/01_task_vectors.ipynb #f44f47c9
 def apply_task_vector(
@@ -56,7 +56,7 @@ def apply_task_vector(
         if name not in vector: result[name] = start.clone(); continue
         check_match(name, start, vector[name], "task vector entry")
         result[name] = (at_least_float32(start) + alpha * at_least_float32(vector[name])).to(start.dtype)
-    return result
+    return fitting(result)
 
 # %% ../nbs/method/01_task_vectors.ipynb #39bd1c1e
 def header(
@@ -114,7 +114,7 @@ def stacked_entries(
     "One entry of every task, stacked: what a method holds in memory at a time."
     first = header(next(iter(vectors.values())), name)
     stack = first.new_empty(len(vectors), *first.shape)
-    for slot, entry in zip(stack, entries_of(vectors, name)): slot.copy_(entry)
+    for slot, entry in zip(stack, entries_of(vectors, name)): slot.copy_(entry.detach())
     return stack
 
 # %% ../nbs/method/01_task_vectors.ipynb #d84c54c4
@@ -126,7 +126,8 @@ def task_arithmetic(
     vectors = named_vectors(vectors)
     weights = task_weights(weights, vectors)
     first = next(iter(vectors.values()))
-    return {name: sum(w * at_least_float32(e) for w, e in zip(weights, entries_of(vectors, name))).to(header(first, name).dtype) for name in first}
+    merged = {name: sum(w * at_least_float32(e) for w, e in zip(weights, entries_of(vectors, name))).to(header(first, name).dtype) for name in first}
+    return fitting(merged, "merged tensor")
 
 
 def task_weights(

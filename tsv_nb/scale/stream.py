@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_finite
+from ..checks import check_finite, fitting
 from ..compress import CompressedTaskVector, compress
 from ..interference import layer_factors, pairwise_interference, singular_task_interference, stack_factors
 from ..low_rank import Factors
@@ -235,7 +235,7 @@ def run_unit(
         for name in job.plan.units[unit]:
             begin, p = time.perf_counter(), job.planned[name]
             made, facts = WORK[job.plan.command][p.how](read, p)
-            tensors |= made
+            tensors |= fitting(made, "output tensor")
             if made and job.plan.command == "compress": dtypes[name] = facts["dtype"]
             report[name] = dict(shape=list(p.shape), dtype=p.dtype, how=p.how, reason=p.reason) | facts
             seconds[name] = round(time.perf_counter() - begin, 4)

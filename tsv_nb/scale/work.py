@@ -106,7 +106,7 @@ def published(self: WorkFolder) -> bool:
     "Whether this very run has finished, and was killed before it had cleaned up."
     if not ((self.folder / "report.json").exists() and self.out.exists()): return False
     left = self.folder / "out" / ([*self.files, self.out.name][0] if self.single else "")
-    return not left.exists() and json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))["digest"] == self.plan.digest()
+    return not left.exists() and json.loads((self.folder / "report.json").read_text(encoding="utf-8"))["plan"] == self.plan.digest()
 
 # %% ../../nbs/scale/30c3_work.ipynb #a88f9aac
 @patch
@@ -119,8 +119,9 @@ def cleaned(self: WorkFolder) -> dict: # the report
 
 @patch
 def _clear(self: WorkFolder, all: bool = False) -> None:
-    "Delete what an unfinished run has left, the plan last; with `all`, the folder too."
-    for name in (*_OURS[2:], "plan.json", *(p.name for p in self.folder.glob("*.tmp")), *["lock"] * all):
+    "Delete what an unfinished run has left, the plan last; with `all`, what a finished one has left, its report last, and the folder."
+    rest = ["parts", "done", "out", "replaced", "plan.json", *(p.name for p in self.folder.glob("*.tmp"))]
+    for name in [*rest, "report.json", "lock"] if all else ["report.json", *rest]: # the report says that a run has finished: as long as it is cleaning up, and no longer
         path = self.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if all and not any(self.folder.iterdir()): self.folder.rmdir()
