@@ -29,6 +29,14 @@ def add_node(cluster, **resources):
     return cluster.add_node(object_store_memory=80_000_000, include_dashboard=False, no_monitor=True, include_log_monitor=False, **resources)
 
 
+def kill_node(cluster, node):
+    "Kill all processes of a node at once, as a power cut does: its workers would otherwise notice only after a moment."
+    import psutil # comes with Ray
+    top = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for process in [*top.children(recursive=True), top]: process.kill()
+    cluster.remove_node(node, allow_graceful=False)
+
+
 if __name__ == "__main__":
     options = dict(o.removeprefix("--").split("=", 1) for o in sys.argv if "=" in o)
     for name in HELPERS[sys.argv[1]]:
