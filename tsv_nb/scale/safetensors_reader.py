@@ -142,7 +142,7 @@ def parse_header(
     check_cover(entries, begin, size, strict)
     return entries, metadata or {}
 
-# %% ../../nbs/scale/30a_safetensors.ipynb #42785324
+# %% ../../nbs/scale/30a_safetensors.ipynb #065c2f6d
 def read_tensor(
     file: ByteFile, # where
     entry: Entry, # what
@@ -152,7 +152,7 @@ def read_tensor(
     if flat.numel(): file.fill(memoryview(flat.view(torch.uint8).numpy()), entry.start)
     return flat.view(entry.shape)
 
-
+# %% ../../nbs/scale/30a_safetensors.ipynb #65ddbb57
 class SafetensorsReader:
     "A safetensors file: its header is checked at once, a tensor is read when it is asked for."
     tied: Mapping[str, str] = {} # the format cannot say that two tensors are one
