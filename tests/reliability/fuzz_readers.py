@@ -8,10 +8,12 @@ more than ten seconds, more than a gigabyte. Crashes are written to a folder; pu
 Input number i of seed s is always the same.
 """
 import argparse
+import faulthandler
 import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -83,18 +86,32 @@ def fuzz_one(data: bytes, folder: Path | None = None) -> dict[str, str]: # what 
 SHARDS = {k: save({k: torch.ones(3)}) for k in "wv"}
 
 
+def repeatable(kind: str, data: bytes) -> bytes:
+    "The same file without what differs from run to run: the order of metadata, the addresses in an old file."
+    if kind in ("safetensors", "archive"):
+        n, = struct.unpack("<Q", data[:8])
+        raw = json.dumps(json.loads(data[8:8 + n]), sort_keys=True).encode()
+        return struct.pack("<Q", len(raw)) + raw + data[8 + n:]
+    if kind != "old": return data
+    found = {}
+    for old in re.findall(rb"X.\0\0\0(\d{8,20})", data, re.S): found.setdefault(old, b"X\x0f\0\0\0%015d" % len(found))
+    return re.sub(rb"X.\0\0\0(\d{8,20})", lambda m: found[m[1]], data, flags=re.S)
+
+
 def seeds() -> dict[str, bytes]:
     "Valid files of every kind."
     torch.manual_seed(0)
     state = {"layer.0.weight": torch.randn(4, 6), "layer.0.bias": torch.randn(4).bfloat16(), "half": torch.ones(3).half(), "ids": torch.arange(3), "empty": torch.zeros(0, 2), "number": torch.tensor(2.), "flags": torch.tensor([True, False])}
     tied = state | {"head": state["layer.0.weight"], "view": state["layer.0.weight"].T, "column": state["layer.0.weight"][:, 1], "parameter": torch.nn.Parameter(torch.ones(2))}
+    views = {k: tied[k] for k in ("layer.0.weight", "head", "view", "column")} # one storage: several are written in the order of their addresses
     def stored(what, **options): torch.save(what, buffer := io.BytesIO(), **options); return buffer.getvalue()
     with tempfile.TemporaryDirectory() as made:
         low = torch.randn(20, 2) @ torch.randn(2, 30)
         compress({"m": low, "n.m": low.T.half(), "b": torch.randn(7), "zero": torch.zeros(9, 9)}).save(f"{made}/c.safetensors")
         archive = Path(made, "c.safetensors").read_bytes()
-    return {"safetensors": save(state, metadata={"format": "pt"}), "one": SHARDS["w"], "torch": stored(tied), "run": stored({"state_dict": tied, "epoch": 3, "lr": .1}), "old": stored(tied, _use_new_zipfile_serialization=False), "archive": archive,
+    made = {"safetensors": save(state, metadata={"format": "pt"}), "one": SHARDS["w"], "torch": stored(tied), "run": stored({"state_dict": tied, "epoch": 3, "lr": .1}), "old": stored(views, _use_new_zipfile_serialization=False), "archive": archive,
             "index": json.dumps({"metadata": {"total_size": 24}, "weight_map": {"w": "one.safetensors", "v": "two.safetensors"}}, indent=1).encode()}
+    return {kind: repeatable(kind, data) for kind, data in made.items()}
 
 
 # Damage
@@ -197,6 +214,7 @@ def in_child(seed: int, first: int, n: int, valid: dict[str, bytes], deadline: f
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            faulthandler.disable(); warnings.simplefilter("ignore")
             for i in range(first, first + n):
                 if time.monotonic() > deadline: break
                 signal.alarm(10)

@@ -6,7 +6,7 @@
 __all__ = ['safe_member', 'inside', 'read_index', 'Folder', 'is_weights', 'choose_weights', 'MemoryReader', 'Checkpoint',
            'open_checkpoint']
 
-# %% ../../nbs/scale/30_checkpoints.ipynb #2f08c2dc
+# %% ../../nbs/scale/30_checkpoints.ipynb #8513951c
 import fnmatch
 import hashlib
 import os
@@ -18,7 +18,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .safetensors_reader import LONGEST, ByteFile, Entry, SafetensorsReader, damaged, is_url, open_bytes, plain_name, strict_json
+from .byte_files import ByteFile, damaged, is_url, open_bytes
+from .safetensors_reader import LONGEST, Entry, SafetensorsReader, plain_name, strict_json
 from .torch_reader import TorchReader, storage_bytes, tied_names
 
 # %% ../../nbs/scale/30_checkpoints.ipynb #43f13205

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_records', 'tied_names', 'storage_bytes', 'archive_places', 'old_places', 'TorchReader']
 
-# %% ../../nbs/scale/30a2_torch_files.ipynb #163454a6
+# %% ../../nbs/scale/30a2_torch_files.ipynb #49ded2de
 import hashlib
 import io
 import os
@@ -20,7 +20,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch._weights_only_unpickler import Unpickler
 
-from .safetensors_reader import Entry, LocalFile, damaged, plain_name, read_tensor
+from .byte_files import LocalFile, damaged
+from .safetensors_reader import Entry, plain_name, read_tensor
 
 # %% ../../nbs/scale/30a2_torch_files.ipynb #3fdd3f49
 class _Stream(io.RawIOBase):
