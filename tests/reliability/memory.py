@@ -6,6 +6,7 @@ Usage: python tests/reliability/memory.py [--times 4]        prints a JSON objec
 The system enforces the limit (RLIMIT_DATA: what a process allocates beyond what it had after a small merge); an allocation beyond it fails.
 """
 import argparse
+import functools
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,11 +45,12 @@ def make_model(folder, nbytes):
 
 
 def plan_of(folder):
+    import tsv_nb.scale.plan as plan
     from tsv_nb.scale.checkpoints import open_checkpoint
-    from tsv_nb.scale.plan import make_plan
     base, *tasks = (open_checkpoint(folder / name) for name in ("base", *(f"task{t}" for t in range(TASKS))))
     tasks = {f"task{t}": c for t, c in enumerate(tasks)}
-    return make_plan("merge", base, tasks, threads=1, shard_size="256MB"), base, tasks
+    small = functools.partial(plan.cut_units, limit=2**24) # units of less memory, so that a smaller checkpoint is too large
+    with patch.object(plan, "cut_units", small): return plan.make_plan("merge", base, tasks, threads=1, shard_size="256MB"), base, tasks
 
 
 def everything(folder, out):
