@@ -143,8 +143,21 @@ def test_a_damaged_header(vector, tmp_path):
     from safetensors import safe_open
     path = compress(vector).save(tmp_path / "x.safetensors")
     with safe_open(path, "pt") as f: meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-    for dtypes in ("{", '{"w": "float33"}', "[]"):
+    for dtypes in ("{", '{"w": "float33"}', "[]", "3", '{"w": null}', '{"w": 3}', '{"w": ["float32"]}', '{"w": "nn"}', '{"w": "int64"}', "[" * 10**5, "{}", meta["dtypes"].replace('"', '"x', 1)): # the fuzz target found those after the third
         save_file(tensors, path, metadata=meta | {"dtypes": dtypes})
+        with pytest.raises(ValueError, match="x.safetensors.*is damaged"): CompressedTaskVector.load(path)
+
+
+def test_an_archive_holds_what_its_header_lists(vector, tmp_path):
+    "Found by the fuzz target: such files were read, and failed later with a message that did not name them."
+    from safetensors import safe_open
+    path = compress(vector).save(tmp_path / "x.safetensors")
+    with safe_open(path, "pt") as f: meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    dense, part = next(k for k in tensors if k.startswith("dense/")), next(k for k in tensors if k.startswith("S/"))
+    name = part.removeprefix("S/")
+    for changed in (tensors | {"dense/more": torch.ones(2)}, tensors | {"other": torch.ones(2)}, tensors | {"U/more": torch.ones(2, 2)}, tensors | {f"dense/{name}": torch.ones(2)}, tensors | {dense: torch.ones(2, dtype=torch.int64)},
+                    tensors | {part: tensors[part].long()}, tensors | {f"U/{name}": tensors[f"U/{name}"].double()}, {k: t for k, t in tensors.items() if k != part}, {k: t for k, t in tensors.items() if k != dense}):
+        save_file(changed, path, metadata=meta)
         with pytest.raises(ValueError, match="x.safetensors.*is damaged"): CompressedTaskVector.load(path)
 
 

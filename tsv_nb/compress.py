@@ -192,12 +192,20 @@ def read_kind(
 
 
 def _factors(path: Path, tensors: dict[str, Tensor], name: str) -> Factors:
-    "The factors of one matrix, complete and of shapes that fit."
+    "The factors of one matrix, complete, of shapes and types that fit."
     parts = [tensors.get(f"{part}/{name}") for part in Factors._fields]
-    if all(p is not None for p in parts):
+    if all(p is not None and p.is_floating_point() for p in parts):
         f = Factors(*parts)
-        if f.U.ndim == f.Vh.ndim == 2 and f.S.ndim == 1 and f.U.shape[1] == f.S.shape[0] == f.Vh.shape[0]: return f
+        fit = f.U.ndim == f.Vh.ndim == 2 and f.S.ndim == 1 and f.U.shape[1] == f.S.shape[0] == f.Vh.shape[0]
+        if fit and f.U.dtype == f.Vh.dtype and f.S.dtype in (torch.float32, f.U.dtype): return f
     raise ValueError(f"{str(path)!r} is damaged: the factors of matrix {name!r} are incomplete; write it again with `save`.")
+
+
+def _dtype(name: object) -> torch.dtype:
+    "A type of floating-point numbers by its name, or `ValueError`."
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if isinstance(found, torch.dtype) and found.is_floating_point: return found
+    raise ValueError(f"{name!r} is no type of numbers")
 
 # %% ../nbs/method/03_compress.ipynb #b3eafdde
 @patch(cls_method=True)
@@ -209,7 +217,10 @@ def load(
     "Read an archive; raises `FileNotFoundError`, or `ValueError` for a damaged or foreign file."
     path = Path(path)
     meta, tensors = read_kind(path, _KIND, "compressed task vector", "compress(vector).save(path)", device)
-    try: dtypes = {name: getattr(torch, d) for name, d in json.loads(meta["dtypes"]).items()}
-    except (KeyError, AttributeError, ValueError) as e: raise ValueError(f"{str(path)!r} is damaged: its header does not list the entries' types; write it again with `save`.") from e
+    try: dtypes = {name: _dtype(d) for name, d in json.loads(meta["dtypes"]).items()}
+    except (KeyError, AttributeError, ValueError, RecursionError) as e: raise ValueError(f"{str(path)!r} is damaged: its header does not list the entries' types; write it again with `save`.") from e
     dense = {key.removeprefix("dense/"): t for key, t in tensors.items() if key.startswith("dense/")}
-    return cls({name: _factors(path, tensors, name) for name in dtypes if name not in dense}, dense, dtypes)
+    factors = {name: _factors(path, tensors, name) for name in dtypes if name not in dense}
+    if dense.keys() - dtypes.keys() or len(tensors) > len(dense) + 3 * len(factors) or not all(t.is_floating_point() for t in dense.values()):
+        raise ValueError(f"{str(path)!r} is damaged: its tensors are not those that its header lists; write it again with `save`.")
+    return cls(factors, dense, dtypes)

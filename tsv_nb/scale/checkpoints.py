@@ -6,7 +6,7 @@
 __all__ = ['safe_member', 'inside', 'read_index', 'Folder', 'is_weights', 'choose_weights', 'MemoryReader', 'Checkpoint',
            'open_checkpoint']
 
-# %% ../../nbs/scale/30_checkpoints.ipynb #2f08c2dc
+# %% ../../nbs/scale/30_checkpoints.ipynb #8513951c
 import fnmatch
 import hashlib
 import os
@@ -18,7 +18,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .safetensors_reader import LONGEST, ByteFile, Entry, SafetensorsReader, damaged, is_url, open_bytes, plain_name, strict_json
+from .byte_files import ByteFile, damaged, is_url, open_bytes
+from .safetensors_reader import LONGEST, Entry, SafetensorsReader, plain_name, strict_json
 from .torch_reader import TorchReader, storage_bytes, tied_names
 
 # %% ../../nbs/scale/30_checkpoints.ipynb #43f13205
@@ -65,13 +66,13 @@ def read_index(
     except ValueError as e: raise damaged(file.where, str(e)) from e
     return files, file, hashlib.sha256(raw).hexdigest()
 
-# %% ../../nbs/scale/30_checkpoints.ipynb #75ce3fe9
+# %% ../../nbs/scale/30_checkpoints.ipynb #de329218
 class Folder:
     "The files of a folder, here or at an address."
     def __init__(self, path: str, strict: bool = True): self.path, self.strict, self.remote = path.rstrip("/") or "/", strict, is_url(path)
     def names(self) -> list[str]: # sorted; without what is in folders in it
         "Names of the files in it."
-        if not self.remote: return sorted(e.name for e in os.scandir(self.path) if e.is_file())
+        if not self.remote: return sorted(e.name for e in os.scandir(self.path) if os.path.isfile(e.path))
         import fsspec
         try:
             system, inner = fsspec.core.url_to_fs(self.path)
@@ -133,7 +134,7 @@ class MemoryReader:
             digest.update(memoryview(self.read(name).flatten().view(torch.uint8).numpy()))
         return dict(tensors=len(self.entries), sha256=digest.hexdigest())
 
-# %% ../../nbs/scale/30_checkpoints.ipynb #2b4acbf8
+# %% ../../nbs/scale/30_checkpoints.ipynb #46e61795
 class Checkpoint(Mapping):
     "Name -> tensor, read when it is asked for, into memory of its own."
     def __init__(self,
@@ -153,13 +154,13 @@ class Checkpoint(Mapping):
     def __iter__(self) -> Iterator[str]: return iter(self.home)
     def __len__(self) -> int: return len(self.home)
     def __repr__(self) -> str: return f"Checkpoint({self.where}: {len(self)} tensors, {self.total_bytes} bytes)"
-    def __reduce__(self): return _reopen, (self.source if self.path else self.readers[0].tensors, self.strict, self.fingerprint())
+    def __reduce__(self): return _reopen, (self.source if self.path else [(k, self.tied.get(k, t)) for k, t in self.readers[0].tensors.items()], self.strict, self.fingerprint())
     def header(self, name: str) -> Tensor: return self.home[name].entries[name].blank() # of its shape and type; its memory is a single number
     def nbytes(self, name: str) -> int: return self.home[name].entries[name].nbytes
     @property
     def total_bytes(self) -> int: return sum(self.nbytes(name) for name in self if name not in self.tied) # tied weights count once
     @property
-    def nbytes_held(self) -> int: return sum(getattr(r, "nbytes_held", 0) for r in self.readers) # in memory in any case: a model, or files from before PyTorch 1.6
+    def nbytes_held(self) -> int: return sum(getattr(r, "nbytes_held", 0) for r in self.readers) # in memory in any case: those of a model in memory
 
 # %% ../../nbs/scale/30_checkpoints.ipynb #1f666b3d
 def _reader(path: str, strict: bool) -> SafetensorsReader | TorchReader:
@@ -214,7 +215,7 @@ def open_checkpoint(
     "Open a checkpoint of any kind without reading its numbers; nothing in it is run."
     return source if isinstance(source, Checkpoint) else Checkpoint(source, strict)
 
-# %% ../../nbs/scale/30_checkpoints.ipynb #e8147041
+# %% ../../nbs/scale/30_checkpoints.ipynb #0f6b1df7
 @patch
 def check_unchanged(self: Checkpoint) -> None: # raises `ValueError` with the name of the file
     "Whether all files are those that were opened."
@@ -228,8 +229,11 @@ def fingerprint(self: Checkpoint) -> dict: # for JSON
     return {"files": {name: r.fingerprint() for name, r in zip(self.members, self.readers)}} | ({"index": self.index} if self.index else {})
 
 
-def _reopen(source: str | Mapping[str, Tensor], strict: bool, seen: dict) -> Checkpoint:
+def _reopen(source: str | list, strict: bool, seen: dict) -> Checkpoint:
     "A checkpoint that was sent to another process."
+    if isinstance(source, list): # tensors, or in place of tied ones the names of others
+        sent = dict(source)
+        source = {k: sent[t] if isinstance(t, str) else t for k, t in source}
     new = Checkpoint(source, strict)
     if (now := new.fingerprint()) == seen: return new
     changed = [n for n, facts in seen.get("files", {}).items() if now.get("files", {}).get(n) != facts] or ["its index"]

@@ -21,7 +21,7 @@ from .. import __version__
 from ..checks import check_option, check_rank, check_same_keys
 from ..compress import rank_for_ratio
 from ..polar import POLAR_METHODS
-from .estimates import OVERHEAD, STEPS, Item, measured_rates, run_seconds, tensor_bytes, tensor_seconds
+from .estimates import STEPS, Item, measured_rates, process_bytes, run_seconds, tensor_bytes, tensor_seconds
 from .match import Match, match_tensors, second_names
 from .rules import Cut, Rules, cut_of
 from .tables import group_names, lay_out, size_text, time_text
@@ -290,7 +290,7 @@ def _peak(command: str, units: Sequence[Sequence[str]], drawn: Mapping[str, Draw
     for unit in units:
         waiting = 0
         for d in map(drawn.get, unit): peak, waiting = max(peak, waiting + _alone(d)), waiting + d.bytes_written
-    return OVERHEAD + peak
+    return process_bytes(peak)
 
 
 def _fingerprint(state: Mapping) -> dict:

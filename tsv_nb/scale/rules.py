@@ -102,7 +102,7 @@ class Cut:
         return torch.cat(list(parts), self.dim) if self.parts > 1 else parts[0]
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
         "The shape of a part."
-        return tuple(n // self.parts if d == self.dim else n for d, n in enumerate(whole))
+        return tuple(n // self.parts if d == self.dim else n for d, n in enumerate(whole)) if self.parts > 1 else tuple(whole)
 
 # %% ../../nbs/scale/30b2_rules.ipynb #a1cfd89e
 def cut_of(

@@ -7,8 +7,9 @@ __all__ = ['WORK', 'Engine', 'Job', 'Reader', 'wide_dtype', 'read_delta', 'read_
            'average_tensor', 'copy_tensor', 'compress_tensor', 'expand_tensor', 'score_tensor', 'run_unit',
            'local_engine', 'peak_rss', 'run_plan']
 
-# %% ../../nbs/scale/30c_stream.ipynb #b39074ef
+# %% ../../nbs/scale/30c_stream.ipynb #fc24a204
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -265,6 +266,8 @@ def _cost(planned: PlannedTensor, n_tasks: int) -> int:
 
 def peak_rss() -> int | None: # bytes; None where the system does not say
     "The most memory that this process has had so far."
+    status = Path("/proc/self/status") # Linux; `getrusage` would count the process that has started this one, too
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())): return 1024 * int(found[1])
     try: import resource
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
