@@ -24,6 +24,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 CALLS = ("replace", "rename", "fsync", "unlink", "remove", "mkdir", "rmdir", "write", "link", "ftruncate", "truncate")
@@ -382,7 +383,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--progress", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1) # a pool of threads does not survive a fork
+    torch.set_num_threads(1) # threads do not survive a fork, nor do the locks that they hold at that moment: no pool of torch's, no monitor of tqdm's
+    tqdm.monitor_interval = 0
     import logging
     logging.disable(logging.WARNING) # that the last record is incomplete is what this is about
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None # a kill does not care where files are, and fsync is quick there
