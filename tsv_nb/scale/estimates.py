@@ -149,7 +149,7 @@ def step_seconds(
         seconds["orthogonalize"] = sum(d * K * r * (3.25 / rates.product64 + 2 / rates.product) + r**3 / rates.eigh64 for d in (p, q) for r in (min(d, K),))
     return {step: item.parts * s for step, s in seconds.items()}
 
-
+# %% ../../nbs/scale/30b3_estimates.ipynb #1b3e52b4
 STEPS = {"merge": ("copy", "average", "subtract", "decompose", "score", "orthogonalize", "multiply"), "compress": ("copy", "average", "subtract", "decompose"),
          "interference": ("subtract", "decompose", "score"), "expand": ("copy", "average", "multiply")} # command -> what it does
 
@@ -163,7 +163,7 @@ def tensor_seconds(
     "The time of the arithmetic of a command, for one tensor."
     return sum(s for step, s in step_seconds(item, n_tasks, rates).items() if step in STEPS[command])
 
-# %% ../../nbs/scale/30b3_estimates.ipynb #1b3e52b4
+# %% ../../nbs/scale/30b3_estimates.ipynb #3aeefaae
 DISK, CALL = 5e8, 5e-4 # bytes per second; seconds per tensor and checkpoint for everything that is not arithmetic
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 
 from .. import __version__
 from ..checks import check_option, check_rank, check_same_keys
@@ -106,9 +107,6 @@ class Plan:
     def to_json(self) -> dict: # everything, with the names of shards and the digest
         "The plan for programs."
         return asdict(self) | {"shards": [dict(file=f, tensors=list(s)) for f, s in zip(self.shard_names(), self.shards)], "digest": self.digest()}
-    def table(self) -> str: # at most 80 columns
-        "The plan for people."
-        return plan_table(self)
 
 # %% ../../nbs/scale/30b_plan.ipynb #4bfa200d
 _WORDS = {"merge": ("decomposed and merged", "averaged", "the base's"), "compress": ("decomposed", "stored whole", "unchanged"),
@@ -135,6 +133,12 @@ def plan_table(plan: Plan) -> str: # at most 80 columns
     return lay_out(f"{plan.command}: {len(plan.tensors)} tensors, {tasks} task{'s' * (tasks != 1)}, {len(plan.units)} unit{'s' * (len(plan.units) != 1)} of work", list(zip(heads, tables)), plan.notes, totals)
 
 # %% ../../nbs/scale/30b_plan.ipynb #14a62c25
+@patch
+def table(self: Plan) -> str: # at most 80 columns
+    "The plan for people."
+    return plan_table(self)
+
+# %% ../../nbs/scale/30b_plan.ipynb #88cd6dd8
 _DEFAULTS = dict(rank=None, ratio=.1, alpha=1., orthogonalize="auto", split=None, weights=None, include=(), exclude=None, vocab="error", dtype=None, missing="error", extra="error")
 _MATCHED = ("include", "exclude", "vocab", "missing", "extra")
 _USED = {"merge": ("rank", "alpha", "orthogonalize", "split", "weights", "dtype", *_MATCHED), "compress": ("rank", "ratio", "dtype", *_MATCHED), "expand": ("alpha", "dtype"), "interference": ("rank", "split", *_MATCHED)}
@@ -155,7 +159,7 @@ def _check_options(command: str, tasks: Mapping[str, Mapping], given: dict) -> N
     if command in ("compress", "expand") and len(tasks) > 1: raise ValueError(f"{command} takes one checkpoint, got {len(tasks)}: {', '.join(tasks)}.")
     if "base" in tasks: raise ValueError("a task cannot be called 'base'; give it another name.")
 
-# %% ../../nbs/scale/30b_plan.ipynb #88cd6dd8
+# %% ../../nbs/scale/30b_plan.ipynb #7e66f1a2
 def _options(command: str, tasks: Mapping[str, Mapping], given: dict, threads: int | None) -> dict:
     "All that determines the numbers of a run, in a form that JSON keeps."
     _check_options(command, tasks, given)
@@ -166,7 +170,7 @@ def _options(command: str, tasks: Mapping[str, Mapping], given: dict, threads: i
     if threads is not None and (not isinstance(threads, int) or threads < 1): raise ValueError(f"threads must be at least 1, got {threads!r}.")
     return options | dict(method=_METHODS[command], threads=threads or torch.get_num_threads(), tsv_nb=__version__, torch=torch.__version__)
 
-# %% ../../nbs/scale/30b_plan.ipynb #7e66f1a2
+# %% ../../nbs/scale/30b_plan.ipynb #fafd8172
 def _merge_rank(shape: tuple[int, int], n_tasks: int, options: dict) -> tuple[int, str]:
     r, rank = min(shape), options["rank"]
     if rank == "full": return r, "full rank"
@@ -189,7 +193,7 @@ def _interference_rank(shape: tuple[int, int], n_tasks: int, options: dict) -> t
 
 _RANKS: dict[str, Callable] = {"merge": _merge_rank, "compress": _compress_rank, "interference": _interference_rank}
 
-# %% ../../nbs/scale/30b_plan.ipynb #fafd8172
+# %% ../../nbs/scale/30b_plan.ipynb #8581ff59
 class Drawn(NamedTuple):
     "A line, and what it costs."
     line: PlannedTensor
@@ -214,7 +218,7 @@ def _written(command: str, line: PlannedTensor) -> int:
     size, (m, n) = getattr(torch, line.dtype).itemsize, line.shape if len(line.shape) == 2 else (0, 0)
     return min(line.nbytes, line.rank * ((m + n) * size + max(4, size))) if m else line.nbytes
 
-# %% ../../nbs/scale/30b_plan.ipynb #8581ff59
+# %% ../../nbs/scale/30b_plan.ipynb #a8336639
 def _said(dtype: torch.dtype) -> str: return str(dtype).removeprefix("torch.")
 
 
@@ -230,7 +234,7 @@ def _draw(command: str, name: str, m: Match, rules: Rules, tasks: Sequence[str],
     read = m.start.nbytes + sum(h.nbytes for h in m.found.values() if how != "copy")
     return Drawn(line, item, read if how != "copy" or command != "interference" else 0, _written(command, line))
 
-# %% ../../nbs/scale/30b_plan.ipynb #a8336639
+# %% ../../nbs/scale/30b_plan.ipynb #b31106e1
 def _draw_all(command: str, base: Mapping, tasks: Mapping[str, Mapping], options: dict) -> tuple[list[Drawn], list[str]]:
     "The lines of a run that compares checkpoints with their base, and notes."
     rules = Rules(options["include"], options["exclude"])
@@ -246,7 +250,7 @@ def _draw_all(command: str, base: Mapping, tasks: Mapping[str, Mapping], options
         notes.append("nothing is decomposed: all tensors are averaged" if command == "merge" else "nothing is decomposed")
     return drawn, notes
 
-# %% ../../nbs/scale/30b_plan.ipynb #b31106e1
+# %% ../../nbs/scale/30b_plan.ipynb #78029266
 def _parts_of(archive: Mapping, where: str) -> dict[str, dict[str, torch.Tensor]]:
     "Headers of an archive: name -> part -> header."
     found = {}
@@ -279,7 +283,7 @@ def _draw_archive(base: Mapping, archive: Mapping, options: dict) -> tuple[list[
     check_same_keys({n: h for n, h in starts.items() if h.is_floating_point()}, {n: o for n, o in found.items() if n not in tied}, where)
     return [_draw_archived(n, h, found.get(n, {}), where, options) for n, h in starts.items()], [f"tied: {n} is {first}, written once" for n, first in tied.items()]
 
-# %% ../../nbs/scale/30b_plan.ipynb #78029266
+# %% ../../nbs/scale/30b_plan.ipynb #f50245a3
 def _peak(command: str, units: Sequence[Sequence[str]], drawn: Mapping[str, Drawn], n_tasks: int) -> int:
     "The most memory of a run, beyond what the process has at its start."
     known = {}
@@ -299,8 +303,8 @@ def _fingerprint(state: Mapping) -> dict:
     heads = [(n, tuple(header(state, n).shape), _said(header(state, n).dtype)) for n in state]
     return {"headers": hashlib.sha256(json.dumps(heads).encode()).hexdigest()}
 
-# %% ../../nbs/scale/30b_plan.ipynb #f50245a3
-def _assemble(command: str, base: Mapping, tasks: Mapping[str, Mapping], drawn: Sequence[Drawn], options: dict, limit: int, notes: Sequence[str]) -> Plan:
+# %% ../../nbs/scale/30b_plan.ipynb #77b6c82d
+def _assemble(command: str, base: Mapping, tasks: Mapping[str, Mapping], drawn: Sequence[Drawn], notes: Sequence[str], options: dict, limit: int) -> Plan:
     "Cut the work, add up the costs."
     work = {d.line.name: d for d in drawn if command != "interference" or d.line.rank}
     written, sizes = {n: d.bytes_written for n, d in work.items()}, {n: max(d.bytes_written, d.item.numel * d.item.sizes[0]) for n, d in work.items()}
@@ -313,7 +317,7 @@ def _assemble(command: str, base: Mapping, tasks: Mapping[str, Mapping], drawn: 
     inputs = {name: _fingerprint(state) for name, state in {"base": base, **tasks}.items()}
     return Plan(command, tuple(d.line for d in drawn), shards, units, options, inputs, read, out, _peak(command, units, work, len(tasks)), seconds, tuple(notes))
 
-# %% ../../nbs/scale/30b_plan.ipynb #77b6c82d
+# %% ../../nbs/scale/30b_plan.ipynb #9d4bacbb
 def make_plan(
     command: str, # one of COMMANDS
     base: Mapping, # the pre-trained checkpoint, as `open_checkpoint` opens it: only its headers are read
@@ -336,6 +340,6 @@ def make_plan(
 ) -> Plan: # `ValueError` or `StateDictKeyError`, which name the tensor and the option
     "What a run will do, from headers alone."
     given = dict(rank=rank, ratio=ratio, alpha=alpha, orthogonalize=orthogonalize, split=split, weights=weights, include=include, exclude=exclude, vocab=vocab, dtype=dtype, missing=missing, extra=extra)
-    options, limit = _options(command, tasks, given, threads), size_bytes(shard_size)
-    drawn, notes = _draw_archive(base, *tasks.values(), options) if command == "expand" else _draw_all(command, base, tasks, options)
-    return _assemble(command, base, tasks, drawn, options, limit, notes)
+    options, limit = _options(command, tasks, given, threads), size_bytes(shard_size) # both are checked first
+    found = _draw_archive(base, *tasks.values(), options) if command == "expand" else _draw_all(command, base, tasks, options)
+    return _assemble(command, base, tasks, *found, options, limit)
