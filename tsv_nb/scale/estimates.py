@@ -82,7 +82,7 @@ def tensor_bytes(
     N, (b, t, o), c = item.numel, item.sizes, item.wide
     if not n_tasks: return {"copy": N * (b + o)}
     subtract = N * (b + t + c * (1 + (b < c)))
-    if not item.rank: return {"average": N * (b + 3 * c + max(t, o))}
+    if not item.rank: return {"average": N * (b + c + max(t, o)), "store": N * (b + 3 * c + max(t, o))}
     F, K = item.factors(n_tasks), n_tasks * item.rank
     return {"subtract": subtract + F, "decompose": N * (b + 2 * c) + F + svd_bytes(item.part, item.rank, c),
             "score": N * b + 2 * F + score_bytes(item.part, item.rank, n_tasks, c), "orthogonalize": N * b + F + polar_bytes(item.part, K, c),
@@ -150,8 +150,8 @@ def step_seconds(
     return {step: item.parts * s for step, s in seconds.items()}
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #1b3e52b4
-STEPS = {"merge": ("copy", "average", "subtract", "decompose", "score", "orthogonalize", "multiply"), "compress": ("copy", "average", "subtract", "decompose"),
-         "interference": ("subtract", "decompose", "score"), "expand": ("copy", "average", "multiply")} # command -> what it does
+STEPS = {"merge": ("copy", "average", "subtract", "decompose", "score", "orthogonalize", "multiply"), "compress": ("copy", "average", "store", "subtract", "decompose"),
+         "interference": ("subtract", "decompose", "score"), "expand": ("copy", "average", "store", "multiply")} # command -> what it does
 
 
 def tensor_seconds(

@@ -151,12 +151,20 @@ def average_tensor(
     read: Reader, # of the job
     planned: PlannedTensor, # with how = "average"
 ) -> tuple[dict[str, Tensor], dict]: # the tensor; nothing to report
-    "The base plus alpha times the weighted mean of the task vectors."
+    "The base plus alpha times the weighted mean of the task vectors; three tensors are in memory: the base's, a task's, and the sum."
     options, (whole, start) = read.job.plan.options, read_start(read, planned)
-    total = torch.zeros(start.shape, dtype=wide_dtype(start))
-    for task, w in zip(read.job.tasks, task_weights(options["weights"], read.job.tasks)): total = total.add(read_delta(read, task, planned, start), alpha=w)
-    done = start.to(total.dtype).add(total, alpha=options["alpha"] / len(read.job.tasks)).to(getattr(torch, planned.dtype))
-    return {planned.name: _completed(whole, done)}, {}
+    found = {t: w for t, w in zip(read.job.tasks, task_weights(options["weights"], read.job.tasks)) if t not in planned.absent}
+    total = torch.zeros(start.numel(), dtype=wide_dtype(start, *(read.job.tasks[t].header(planned.name) for t in found)))
+    base, dtype = start.reshape(-1), getattr(torch, planned.dtype)
+    pieces = [slice(a, min(a + 2**20, len(base))) for a in range(0, len(base), 2**20)]
+    for task, w in found.items():
+        tuned = read(task, planned.name).reshape(-1)
+        for p in pieces: total[p].add_(tuned[p].to(wide_dtype(start, tuned)).sub(base[p]), alpha=w)
+        del tuned # or the next one would be read beside it
+    done = total if dtype == total.dtype else torch.empty(len(base), dtype=dtype)
+    for p in pieces: done[p] = base[p].to(total.dtype).add(total[p], alpha=options["alpha"] / len(read.job.tasks))
+    del total
+    return {planned.name: _completed(whole, done.view(start.shape))}, {}
 
 # %% ../../nbs/scale/30c_stream.ipynb #a95cbfcb
 def copy_tensor(
