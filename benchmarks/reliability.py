@@ -1,6 +1,6 @@
 """The reliability tests in their long form, and their figures: kills, cut files, memory, properties.
 
-Usage: python benchmarks/reliability.py [PART ...]      PART: kills cut memory properties; all of them take about a quarter of an hour on one core
+Usage: python benchmarks/reliability.py [PART ...]      PART: kills (or "kills merge", …), cut, memory, properties; all of them take about a quarter of an hour on one core
 
 Writes benchmarks/results/reliability.json, keeping the parts that are not run, and prints a line for each. A failure ends it with the error.
 """
@@ -31,16 +31,16 @@ def properties():
     return dict(cases=10_000, properties=int(re.search(r"(\d+) passed", run.stdout)[1]), failed=0, seed=int(os.environ.get("SEED", 0)), seconds=round(time.perf_counter() - start, 1))
 
 
-PARTS = dict(kills=lambda: [figures("kills.py", work, "--kills", KILLS) for work in ("merge", "merge-file", "replace", "suite", "records")], cut=lambda: figures("kills.py", "--cut", ROUNDS),
-             memory=lambda: figures("memory.py"), properties=properties)
+WORKS = ("merge", "merge-file", "replace", "suite", "records")
+PARTS = {f"kills {work}": lambda work=work: figures("kills.py", work, "--kills", KILLS) for work in WORKS} | dict(cut=lambda: figures("kills.py", "--cut", ROUNDS), memory=lambda: figures("memory.py"), properties=properties)
 
 
 def main(names):
-    if unknown := set(names) - set(PARTS): raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}.")
-    for name in names or PARTS:
-        known = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
-        found = PARTS[name]()
-        for row in found if isinstance(found, list) else [found]: print(f"{name}: {json.dumps(row)}", flush=True)
+    names = [part for name in names or ["kills", "cut", "memory", "properties"] for part in ([p for p in PARTS if p.startswith("kills")] if name == "kills" else [name])]
+    if unknown := set(names) - set(PARTS): raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known: kills, {', '.join(PARTS)}.")
+    for name in names:
+        known, found = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}, PARTS[name]()
+        print(f"{name}: {json.dumps(found)}", flush=True)
         write_json(OUT, known | {"machine": machine(), name: found})
 
 

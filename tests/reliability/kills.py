@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -383,8 +384,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--progress", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1) # threads do not survive a fork, nor do the locks that they hold at that moment: no pool of torch's, no monitor of tqdm's
+    torch.set_num_threads(1) # threads do not survive a fork: no pool of torch's, no monitor of tqdm's
     tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock()) # its own is shared by all children: one that is killed while it holds it would stop the next ones
     import logging
     logging.disable(logging.WARNING) # that the last record is incomplete is what this is about
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None # a kill does not care where files are, and fsync is quick there

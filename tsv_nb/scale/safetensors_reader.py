@@ -66,6 +66,9 @@ def plain_name(
     "A name that can be printed and stored: text without control characters."
     if not isinstance(name, str): raise ValueError(f"the name {str(name)[:80]!r} of a tensor is no text")
     if re.search(r"[\x00-\x1f\x7f]", name): raise ValueError(f"the name {name[:80]!r} of a tensor has control characters in it")
+    if name == "__metadata__": raise ValueError(f"a tensor cannot have the name {name!r}, under which a safetensors file keeps its metadata; rename it")
+    try: name.encode()
+    except UnicodeEncodeError as e: raise ValueError(f"the name {name!r} of a tensor has half a character in it; rename it") from e
     return name
 
 
