@@ -148,15 +148,15 @@ class _Flight:
         if refs: self.ray.wait(list(refs), num_returns=len(refs), timeout=10)
         for ref in refs: self.flying.pop(ref, None)
 
-# %% ../../nbs/scale/32_distributed.ipynb #4ca63132
-def _first_line(e: BaseException) -> str: return (str(e).strip() or type(e).__name__).splitlines()[0]
+# %% ../../nbs/scale/32_distributed.ipynb #060c3598
+def _in_short(e: BaseException) -> str: return f"{type(e).__name__}: {str(e).strip().partition('. ')[0].splitlines()[0][:200]}" if str(e).strip() else type(e).__name__ # Ray's texts are long
 
 
 @patch
 def again(self: _Flight, unit: int, why: Exception) -> None: # `OSError` when it has been lost too often
     "Start a unit that was lost once more."
     self.lost[unit] += 1
-    said = f"unit {unit} ({', '.join(self.job.plan.units[unit][:2])}) was lost: {type(why).__name__}: {_first_line(why)}"
+    said = f"unit {unit} ({', '.join(self.job.plan.units[unit][:2])}) was lost: {_in_short(why)}"
     if self.lost[unit] > self.max_retries:
         raise OSError(f"{said}. That was try {self.lost[unit]}. If memory ran out, reserve more for a unit (memory). What is finished is kept: run the same command again to go on.") from None
     if unit in self.flying.values(): return # its other copy still is
