@@ -4,6 +4,8 @@ import sys
 import pytest
 from memory import figures
 
+from tsv_nb.scale.estimates import OVERHEAD
+
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -12,5 +14,5 @@ def test_a_merge_of_more_than_fits(tmp_path, monkeypatch):
     f = figures(4.1, tmp_path)
     assert f["checkpoint"] >= 4 * f["allowed"]
     assert f["streamed"]["error"] is None, f # it finished, although every allocation beyond the estimate would have failed
-    assert f["estimate"] / 2.5 <= f["streamed"]["peak"] <= f["estimate"], f # an upper bound, and not one that says nothing
+    assert f["streamed"]["peak"] <= f["estimate"] <= 2 * f["streamed"]["peak"] + OVERHEAD, f # an upper bound, and not one that says nothing
     assert "memory" in f["load_everything"]["error"], f
