@@ -148,8 +148,12 @@ class _Flight:
         if refs: self.ray.wait(list(refs), num_returns=len(refs), timeout=10)
         for ref in refs: self.flying.pop(ref, None)
 
-# %% ../../nbs/scale/32_distributed.ipynb #060c3598
-def _in_short(e: BaseException) -> str: return f"{type(e).__name__}: {str(e).strip().partition('. ')[0].splitlines()[0][:200]}" if str(e).strip() else type(e).__name__ # Ray's texts are long
+# %% ../../nbs/scale/32_distributed.ipynb #12380313
+def _in_short(e: BaseException) -> str:
+    "An error in a line: Ray's texts are long."
+    text = " ".join(str(e).split()).partition(". ")[0][:200]
+    return f"{type(e).__name__}: {text}" if text else type(e).__name__
+
 
 
 @patch
