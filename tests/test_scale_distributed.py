@@ -69,9 +69,11 @@ def cluster():
         c = Cluster()
         with light_nodes():
             try:
-                add_node(c, num_cpus=0)
-                c.nodes = [add_node(c, num_cpus=1) for _ in range(2)]
-                ray.init(c.address, log_to_driver=False, logging_level="error")
+                try:
+                    add_node(c, num_cpus=0)
+                    c.nodes = [add_node(c, num_cpus=1) for _ in range(2)]
+                    ray.init(c.address, log_to_driver=False, logging_level="error")
+                except Exception as e: (pytest.fail if os.environ.get("CI") else pytest.skip)(f"Ray could not start its nodes; this machine may be too busy: {e}") # it raises a bare Exception
                 yield c
             finally: ray.shutdown(); c.shutdown()
 
