@@ -6,7 +6,7 @@ from memory import figures
 
 from tsv_nb.scale.estimates import OVERHEAD
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")] # a minute and more; last run 2026-11-26 by benchmarks/reliability.py (results/reliability.json)
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def test_a_merge_of_more_than_fits(tmp_path, monkeypatch):
