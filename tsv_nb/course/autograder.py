@@ -133,7 +133,9 @@ def _restart(self: GuardedExecute):
 @patch
 def _problem(self: GuardedExecute, run, *args) -> str: # what is wrong, or ""
     "Run something in the kernel, and say what rule it broke, if any."
-    def refusals(): return self.log_file.read_text().splitlines() if self.log_file.exists() else []
+    def refusals():
+        "What the guard has written so far."
+        return self.log_file.read_text().splitlines() if self.log_file.exists() else []
     before = len(refusals())
     try: said = run(*args)
     except CellTimeoutError: said = f"it did not finish within {self.timeout} s"

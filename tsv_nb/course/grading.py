@@ -127,6 +127,7 @@ def guard(
     import matplotlib.font_manager, sklearn.datasets # noqa: F401 - they may start programs when first imported
     root, fd, write, busy = os.path.realpath(root), os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), os.write, []
     def hook(event, args):
+        "Refuse an event, and note it."
         if busy: return # what the check itself does
         busy.append(event)
         try: why = refused(event, args, root)

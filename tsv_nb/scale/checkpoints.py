@@ -124,10 +124,14 @@ class MemoryReader:
         self.entries = {k: Entry(t.dtype, tuple(t.shape), 0, t.nbytes) for k, t in self.tensors.items()}
         self.tied, self.versions, self.nbytes_held = tied_names(self.tensors), self._versions(), storage_bytes(self.tensors)
     def _versions(self) -> list: return [(t._version, t.data_ptr()) for t in self.tensors.values()]
-    def read(self, name: str) -> Tensor: return self.tensors[name].to("cpu", copy=True, memory_format=torch.contiguous_format)
+    def read(self, name: str) -> Tensor:
+        "A copy of one tensor, on the CPU."
+        return self.tensors[name].to("cpu", copy=True, memory_format=torch.contiguous_format)
     def check_unchanged(self) -> None: # raises `ValueError`
+        "Whether the tensors are those that were opened."
         if self._versions() != self.versions: raise ValueError(f"{self.where} has changed since it was opened; work on a copy.")
     def fingerprint(self) -> dict: # a sha256 over names, types, shapes and numbers
+        "What tells this model from another."
         digest = hashlib.sha256()
         for name, e in sorted(self.entries.items()):
             digest.update(repr((name, str(e.dtype), e.shape)).encode())
@@ -155,12 +159,20 @@ class Checkpoint(Mapping):
     def __len__(self) -> int: return len(self.home)
     def __repr__(self) -> str: return f"Checkpoint({self.where}: {len(self)} tensors, {self.total_bytes} bytes)"
     def __reduce__(self): return _reopen, (self.source if self.path else [(k, self.tied.get(k, t)) for k, t in self.readers[0].tensors.items()], self.strict, self.fingerprint())
-    def header(self, name: str) -> Tensor: return self.home[name].entries[name].blank() # of its shape and type; its memory is a single number
-    def nbytes(self, name: str) -> int: return self.home[name].entries[name].nbytes
+    def header(self, name: str) -> Tensor: # of its shape and type; its memory is a single number
+        "What is known of a tensor without reading it."
+        return self.home[name].entries[name].blank()
+    def nbytes(self, name: str) -> int:
+        "Bytes of one tensor."
+        return self.home[name].entries[name].nbytes
     @property
-    def total_bytes(self) -> int: return sum(self.nbytes(name) for name in self if name not in self.tied) # tied weights count once
+    def total_bytes(self) -> int: # tied weights count once
+        "Bytes of all tensors."
+        return sum(self.nbytes(name) for name in self if name not in self.tied)
     @property
-    def nbytes_held(self) -> int: return sum(getattr(r, "nbytes_held", 0) for r in self.readers) # in memory in any case: those of a model in memory
+    def nbytes_held(self) -> int:
+        "Bytes that are in memory in any case: those of a model in memory."
+        return sum(getattr(r, "nbytes_held", 0) for r in self.readers)
 
 # %% ../../nbs/scale/30_checkpoints.ipynb #1f666b3d
 def _reader(path: str, strict: bool) -> SafetensorsReader | TorchReader:
@@ -248,7 +260,9 @@ _NOT_COPIED = (".*", "*.index.json", "*.py", "*.pyc", "*.ckpt", "*.h5", "*.msgpa
 def companions(self: Checkpoint) -> list[str]: # paths or addresses, sorted; none for a single file or a model in memory. Raises `ValueError` for a link that leads out
     "The files of its folder that belong beside a copy: configuration, tokenizer, license; no weights, no programs."
     if self.folder is None: return []
-    def wanted(n): return any(fnmatch.fnmatchcase(n, o) for o in _COPIED) and not n.endswith((".safetensors", *_TORCH)) and not any(fnmatch.fnmatchcase(n.lower(), o) for o in _NOT_COPIED)
+    def wanted(n):
+        "Is a file of this name copied?"
+        return any(fnmatch.fnmatchcase(n, o) for o in _COPIED) and not n.endswith((".safetensors", *_TORCH)) and not any(fnmatch.fnmatchcase(n.lower(), o) for o in _NOT_COPIED)
     found = [self.folder.member(n) for n in self.folder.names() if wanted(n)]
     return found if self.folder.remote else [os.path.abspath(o) for o in found]
 

@@ -136,7 +136,9 @@ class _Flight:
         self.task = ray.remote(_on_worker).options(num_cpus=needs["CPU"], num_gpus=needs["GPU"], memory=needs["memory"] or None, max_retries=0, scheduling_strategy="SPREAD")
         self.flying, self.lost, self.done, self.longest = {}, Counter(), set(), 0. # flying: reference -> unit
 
-    def start(self, unit: int) -> None: self.flying[self.task.remote(self.held, unit, self.token)] = unit
+    def start(self, unit: int) -> None:
+        "Send a copy of a unit off."
+        self.flying[self.task.remote(self.held, unit, self.token)] = unit
 
     def slots(self) -> int:
         "Units that all living nodes together can work on."

@@ -45,11 +45,16 @@ class LoraLayer(NamedTuple):
     kind: str = "linear" # one of KINDS
     kernel: tuple[int, ...] = () # of a convolution
     @property
-    def rank(self) -> int: return self.left.shape[1]
+    def rank(self) -> int:
+        "r."
+        return self.left.shape[1]
     @property
-    def matrix_shape(self) -> torch.Size: return torch.Size((self.left.shape[0], self.right.shape[1]))
+    def matrix_shape(self) -> torch.Size:
+        "(m, n)."
+        return torch.Size((self.left.shape[0], self.right.shape[1]))
     @property
     def weight_shape(self) -> torch.Size: # in the base checkpoint
+        "The shape of the weight; of a convolution with its kernel."
         return torch.Size((self.left.shape[0], self.right.shape[1] // math.prod(self.kernel), *self.kernel))
     def delta(self) -> Tensor: # (m, n) in float32, or float64
         "Multiply out."
@@ -113,6 +118,7 @@ class Adapter(Mapping):
     def __len__(self) -> int: return len(self.layers) + len(self.biases)
     @property
     def nbytes(self) -> int: # of all that is held
+        "Bytes of factors, biases and saved modules."
         return sum(t.nbytes for t in (*(o for x in self.layers.values() for o in x[:2]), *self.biases.values(), *self.saved.values()))
 
 # %% ../../nbs/scale/31_lora.ipynb #62f53cc0

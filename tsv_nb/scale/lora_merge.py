@@ -56,7 +56,9 @@ def _check_layers(adapters: Mapping[str, Adapter]) -> None:
 class _Outline(Mapping):
     "What `merge_plan` asks of a task vector: shapes, and whether an entry has moved."
     def __init__(self, adapter: Adapter, every: Mapping[str, Tensor]): self.adapter, self.every = adapter, every
-    def header(self, name: str) -> Tensor: return self.every[name]
+    def header(self, name: str) -> Tensor:
+        "Shape and type of an entry."
+        return self.every[name]
     def __getitem__(self, name: str) -> Tensor:
         a = self.adapter
         moved = name in a.biases and a.biases[name].any() or name in a.layers and a.layers[name].left.any() and a.layers[name].right.any()

@@ -46,10 +46,13 @@ def strict_json(
 ) -> object: # raises `ValueError`
     "JSON without double names, NaN, half characters, and depths that no file needs."
     def once(pairs):
+        "A dict; double names are an error."
         found = dict(pairs)
         if len(found) < len(pairs): raise ValueError(f"{Counter(k for k, _ in pairs).most_common(1)[0][0][:80]!r} is there twice")
         return found
-    def constant(word): raise ValueError(f"{word} is no number of JSON")
+    def constant(word):
+        "NaN and infinity are an error."
+        raise ValueError(f"{word} is no number of JSON")
     try: text = raw.decode("utf-8")
     except UnicodeDecodeError as e: raise ValueError(f"byte {e.start} is not UTF-8") from e
     try: found = json.loads(text, object_pairs_hook=once, parse_constant=constant, **hooks)
@@ -133,6 +136,7 @@ def parse_header(
 ) -> tuple[dict[str, Entry], dict[str, str]]: # tensors in the header's order, and the metadata; raises `ValueError`
     "Read a header, believing nothing."
     def whole(digits):
+        "A whole number."
         if digits == "-0": raise ValueError("-0 is no whole number")
         return int(digits)
     if raw[:1] != b"{": raise ValueError("its header does not begin with {")
@@ -173,8 +177,12 @@ class SafetensorsReader:
             self.file.check_unchanged() # a file that is being written is another trouble
             raise damaged(self.where, str(e)) from e
         self.digest = hashlib.sha256(raw).hexdigest()
-    def read(self, name: str) -> Tensor: return read_tensor(self.file, self.entries[name]) # in memory of its own
-    def check_unchanged(self) -> None: self.file.check_unchanged() # raises `ValueError`
+    def read(self, name: str) -> Tensor: # in memory of its own
+        "One tensor."
+        return read_tensor(self.file, self.entries[name])
+    def check_unchanged(self) -> None: # raises `ValueError`
+        "Whether the file is the one that was opened."
+        self.file.check_unchanged()
     def fingerprint(self) -> dict: # size, version and sha256 of the header
         "What tells this file from another version of it, without reading its numbers."
         return dict(size=self.file.size, mtime_ns=self.file.version, sha256=self.digest)

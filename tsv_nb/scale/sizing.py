@@ -111,6 +111,7 @@ def unit_seconds(
     "What each unit of a plan takes."
     tasks, lines, known = len(plan.inputs) - 1, {t.name: t for t in plan.tensors}, {}
     def one(t):
+        "Seconds of one tensor."
         item, size = planned_item(t, plan.options["split"]), t.nbytes
         if item not in known: known[item] = sum(matrix_seconds(item, tasks, rates, hard).values())
         return known[item] + size * ((tasks + 1) * (1 / disk[0] + 1 / rates.hash) + 1 / disk[1] + 2 / rates.hash)
