@@ -591,6 +591,14 @@ def test_malformed_torch_files(tmp_path, write):
     assert not trap.exists()
 
 
+def test_refusing_sparse_tensors_leaves_nothing_for_torch_load(tmp_path):
+    "PyTorch keeps a list of the sparse tensors to look at after loading; ours have no numbers and must not stay in it."
+    torch.save({"w": torch.eye(3).to_sparse(), "v": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt'.*sparse"): open_checkpoint(tmp_path / "a.pt")
+    torch.save({"v": torch.ones(2)}, tmp_path / "b.pt")
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["v"].sum() == 2
+
+
 def add(path, name, data=b"x"):
     with zipfile.ZipFile(path, "a") as z: z.writestr(name, data)
     return path

@@ -187,7 +187,7 @@ def damaged_zip(rng: random.Random, data: bytes) -> bytes:
             if name == victim:
                 if rng.random() < .05: continue
                 part = damaged_bytes(rng, part)
-            new.writestr(name, part)
+            new.writestr(zipfile.ZipInfo(name), part, new.compression) # not the time of today
     return buffer.getvalue()
 
 

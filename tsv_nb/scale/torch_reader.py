@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch._utils import _sparse_tensors_to_validate
 from torch._weights_only_unpickler import Unpickler
 
 from .byte_files import LocalFile, damaged
@@ -76,7 +77,8 @@ def _unpickled(stream: io.BufferedIOBase, storages: _Storages | None = None) -> 
     "What the next pickle of a stream describes, with tensors that have no numbers; nothing is run that is not on PyTorch's list."
     unpickler = Unpickler(stream, encoding="utf-8")
     if storages: unpickler.persistent_load = storages.load
-    return unpickler.load()
+    try: return unpickler.load()
+    finally: _sparse_tensors_to_validate.clear() # or the next `torch.load` of this process would look into ours, which have no numbers
 
 # %% ../../nbs/scale/30a2_torch_files.ipynb #8ed759c0
 def _place(name: str, t: Tensor, places: dict[int, tuple[int, int]], size: int) -> tuple[Entry, tuple[int, ...]]:
