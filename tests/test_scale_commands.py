@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from scale_models import digests, fine, load_output, relative, report_of, save_all, states, timeless
 
 from tsv_nb import CompressedTaskVector, apply_task_vector, compress, interference_by_layer, task_vector, tsv_merge
-from tsv_nb.scale import commands
+from tsv_nb.scale import commands, running
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ["--exclude", "text_projection"]
@@ -128,7 +128,7 @@ def test_tasks_have_names(tmp_path, paths, capsys):
 
 
 def test_a_disk_too_small_for_the_output(tmp_path, paths, monkeypatch):
-    monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=1000)))
+    monkeypatch.setattr(running.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=1000)))
     assert "are free there; make room, or choose another --out" in refused("tsv_merge", *paths, "--out", tmp_path / "deep" / "out") and not list(tmp_path.iterdir())
 
 

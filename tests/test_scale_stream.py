@@ -14,10 +14,11 @@ from scale_models import SHAPES, digests, fine, load_output, relative, report_of
 
 from tsv_nb import CompressedTaskVector, apply_task_vector, compress, interference_by_layer, pairwise_interference, task_vector, tsv_merge
 from tsv_nb.scale.checkpoints import open_checkpoint
-from tsv_nb.scale.commands import pair_sums
 from tsv_nb.scale.parts import CannotWrite, content_digest, entry_of, part_path, read_part
 from tsv_nb.scale.plan import make_plan
-from tsv_nb.scale.stream import Job, local_engine, run_plan, run_unit
+from tsv_nb.scale.stream import local_engine, run_plan, run_unit
+from tsv_nb.scale.summaries import pair_sums
+from tsv_nb.scale.tensor_work import Job
 from tsv_nb.scale.work import WorkFolder
 
 PAPER = ["text_projection"] # the rules of the method part
@@ -410,7 +411,7 @@ def test_threads_are_as_they_were(tmp_path, paths):
     before = torch.get_num_threads()
     base, tasks = opened(paths)
     seen = []
-    with patch("tsv_nb.scale.stream.layer_factors", side_effect=lambda *args: seen.append(torch.get_num_threads()) or real(*args)) as _:
+    with patch("tsv_nb.scale.tensor_work.layer_factors", side_effect=lambda *args: seen.append(torch.get_num_threads()) or real(*args)) as _:
         from tsv_nb.interference import layer_factors as real
         run_plan(make_plan("merge", base, tasks, threads=2), base, tasks, tmp_path / "out", progress=False)
     assert set(seen) == {2} and torch.get_num_threads() == before

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .stream import Engine, Job, run_unit
+from .stream import Engine, run_unit
+from .tensor_work import Job
 
 # %% ../../nbs/scale/32_distributed.ipynb #f4a85564
 def unit_slots(

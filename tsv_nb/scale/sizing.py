@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .estimates import Item, Rates, step_seconds
-from .plan import Plan, PlannedTensor
+from .planned import Plan, PlannedTensor
 from .rules import cut_of
 
 # %% ../../nbs/scale/32b_sizing.ipynb #69e8e7a1

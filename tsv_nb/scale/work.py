@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..compress import _KIND
 from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder, writing
-from .plan import Plan
+from .planned import Plan
 from .safetensors_reader import open_bytes
 
 # %% ../../nbs/scale/30c3_work.ipynb #381061f6
