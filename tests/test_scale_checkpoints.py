@@ -156,7 +156,7 @@ def test_what_the_library_refuses_is_refused_and_what_is_accepted_is_the_same(wr
 
 BAD = {
     "empty": (b"", "(it is empty)"), "three bytes": (b"abc", "it has 3 bytes, and the length of a header alone takes 8"), "eight bytes": (struct.pack("<Q", 0), "does not begin with {"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS; run git lfs pull"), "html": (b"<!DOCTYPE html><html></html>", "it is a web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS; run git lfs pull"), "html": (b"<!DOCTYPE html><html></html>", "it is a web page"), "text": (b"These are my notes.\n", "it is text"),
     "zip": (b"PK\x03\x04" + b"x" * 20, "it is a zip archive, as PyTorch writes them; name it .pt"), "pickle": (b"\x80\x02}q\x00(X\x01\0\0\0", "it is a pickle"), "gzip": (b"\x1f\x8b\x08\0abcdefgh", "it is compressed"), "gguf": (b"GGUF\x03\0\0\x01\0\0", "GGUF"),
     "2^63": (raw_file(one(), length=2**63), "would be 9223372036854775808 bytes long; the format allows 100000000"), "2^64-1": (raw_file(one(), length=2**64 - 1), "would be 18446744073709551615 bytes"), "above the limit": (raw_file(one(), length=100_000_001), "would be 100000001"),
     "beyond the file": (raw_file(one(), length=5000), "should be 5000 bytes long, and the whole file has"), "no json": (raw_file(b"{w: 1}  "), "header is not valid: Expecting property name"), "an array": (raw_file(b"[]"), "begin with {"), "a blank first": (raw_file(b' {"w":1}'), "begin with {"),
@@ -296,6 +296,7 @@ def test_things_that_are_no_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights in folder .*empty"): open_checkpoint(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*gone.safetensors"): open_checkpoint(tmp_path / "gone.safetensors")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"): open_checkpoint(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at 'meta-llama/Llama-3.1-8B'; check the path.*hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B"): open_checkpoint("meta-llama/Llama-3.1-8B")
     with pytest.raises(ValueError, match="null"): open_checkpoint(str(tmp_path / "a\0b.safetensors"))
     os.symlink("loop.safetensors", tmp_path / "loop.safetensors")
     with pytest.raises(OSError, match="loop.safetensors"): open_checkpoint(tmp_path / "loop.safetensors")

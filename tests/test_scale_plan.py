@@ -123,6 +123,7 @@ def test_patterns():
     both = Rules(exclude=["default", "mlp"])
     assert not both.choose("lm_head.weight", 2).decomposed and not both.choose("h.0.mlp.w", 2).decomposed and both.choose("h.0.attn.w", 2).decomposed
     with pytest.raises(TypeError, match="lists of patterns"): Rules(exclude="mlp")
+    assert not Rules(exclude=["h[0].w"]).choose("h[0].w", 2).decomposed and not Rules(exclude=["h[01].w"]).choose("h0.w", 2).decomposed # brackets in a name, and as a wildcard
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
@@ -213,8 +214,8 @@ def test_other_shapes_are_errors_with_any_option(name, shape):
 
 def test_missing_and_extra():
     base, less, more = state(), {k: v for k, v in state(1).items() if k != "h.1.mlp.weight"}, state(2) | {"score.weight": torch.ones(3, 8)}
-    with pytest.raises(StateDictKeyError, match="task 'less': 1 missing tensor: 'h.1.mlp.weight'.*missing='base' takes the base's"): make_plan("merge", base, dict(less=less))
-    with pytest.raises(StateDictKeyError, match="task 'more': 1 extra tensor: 'score.weight'.*extra='ignore' leaves them out"): make_plan("merge", base, dict(more=more))
+    with pytest.raises(StateDictKeyError, match=r"task 'less': 1 missing tensor: 'h.1.mlp.weight'.*missing='base' \(--missing base\) takes the base's"): make_plan("merge", base, dict(less=less))
+    with pytest.raises(StateDictKeyError, match=r"task 'more': 1 extra tensor: 'score.weight'.*extra='ignore' \(--extra ignore\) leaves them out"): make_plan("merge", base, dict(more=more))
     plan = make_plan("merge", base, dict(less=less, more=more), missing="base", extra="ignore")
     line = next(t for t in plan.tensors if t.name == "h.1.mlp.weight")
     assert (line.how, line.rank, line.absent) == ("merge", 4, ("less",)) and [t.name for t in plan.tensors] == list(base)
@@ -222,6 +223,16 @@ def test_missing_and_extra():
     assert plan.bytes_read == sum(t.nbytes for s in (base, less, more) for t in s.values()) - 4 * 24
     alone = next(t for t in make_plan("merge", base, dict(less=less), missing="base").tensors if t.name == "h.1.mlp.weight")
     assert (alone.how, alone.reason) == ("copy", "in no task")
+
+
+@pytest.mark.parametrize("rename, message", [
+    (lambda n: "module." + n, "its names begin with 'module.', the base's do not"), (lambda n: n.removeprefix("model."), "the base's names begin with 'model.', its own do not"), (lambda n: f"base_model.model.{n}.lora_A.weight", "adapters are merged with tsv_lora"), (lambda n: "x" + n, "it is another architecture, or saved under other names")])
+def test_a_task_without_any_tensor_of_the_base(rename, message):
+    "Whatever the options say: the run would write the base."
+    base = {f"model.{n}": t for n, t in state().items()}
+    stranger = {rename(n): t for n, t in base.items()}
+    for options in ({}, dict(missing="base", extra="ignore")):
+        with pytest.raises(StateDictKeyError, match=f"task 'a' has no tensor of the base: .*{message}"): make_plan("merge", base, dict(b=base, a=stranger), **options)
 
 
 def test_integers_and_quantized_weights():
@@ -253,8 +264,20 @@ def test_tied_weights():
         plan = make_plan("merge", tied, tasks)
         assert "lm_head.weight" not in [t.name for t in plan.tensors] and plan.notes == ("tied: lm_head.weight is wte.weight, written once",)
     assert make_plan("merge", tied, dict(a=untied)).tensors[-1].name == "lm_head.weight" # the task has a head of its own
+    assert make_plan("merge", tied, dict(a=tied), exclude=["lm_head", "default"]).tensors == make_plan("merge", tied, dict(a=tied)).tensors # a pattern may fit a second name
     assert make_plan("merge", state(), dict(a=tied)).notes == () # a second name is no extra tensor
     with pytest.raises(StateDictKeyError, match="1 extra tensor: 'lm_head.weight'"): make_plan("merge", state(), dict(a=untied))
+
+
+def test_an_archive_may_untie():
+    "The base's head is its embedding; the task has a head of its own, and the archive holds its change."
+    tied, untied = Tied(state() | {"lm_head.weight": state()["wte.weight"]}), state(1) | {"lm_head.weight": torch.ones(40, 8)}
+    compressed = [t.name for t in make_plan("compress", tied, dict(a=untied)).tensors]
+    assert "lm_head.weight" in compressed
+    archive = {f"dense/{n}": t for n, t in untied.items()}
+    assert [t.name for t in make_plan("expand", tied, dict(a=archive)).tensors] == list(tied)
+    plan = make_plan("expand", tied, dict(a={n: t for n, t in archive.items() if n != "dense/lm_head.weight"}))
+    assert "lm_head.weight" not in [t.name for t in plan.tensors] and "tied: lm_head.weight is wte.weight, written once" in plan.notes
 
 
 # how work is cut
@@ -301,6 +324,7 @@ def test_order_of_tasks(command):
     base, tasks = state(), {t: state(i) for i, t in enumerate("cab")}
     plan, other = make_plan(command, base, tasks, threads=1), make_plan(command, base, {t: tasks[t] for t in sorted(tasks)}, threads=1)
     assert (plan.tensors, plan.shards, plan.units, plan.bytes_read, plan.peak_bytes) == (other.tensors, other.shards, other.units, other.bytes_read, other.peak_bytes)
+    assert plan.digest() != other.digest() # weights go by the order, and sums round by it
 
 
 def test_interference_writes_nothing():

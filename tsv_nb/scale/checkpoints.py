@@ -193,7 +193,10 @@ def _open_files(self: Checkpoint, source: str | os.PathLike) -> None:
     self.source = path if remote else os.path.abspath(path)
     if last.endswith(".json"): folder, chosen = parent or ("/" if path.startswith("/") else "."), [last]
     elif os.path.isdir(path) or remote and not last.endswith((".safetensors", *_TORCH)): folder, chosen = path, None
-    else: self.members, self.readers = [last], [_reader(path, self.strict)]; return
+    else:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not last.endswith((".safetensors", *_TORCH)) and not os.path.exists(path): raise FileNotFoundError(f"no checkpoint at {path!r}; check the path. If it is a model on the Hugging Face Hub, download it first: hf download {path} --local-dir {last}")
+        self.members, self.readers = [last], [_reader(path, self.strict)]
+        return
     self.folder = Folder(folder, self.strict)
     self.members = chosen or choose_weights(self.folder.names(), repr(path))
     if self.members[0].endswith(".json"):

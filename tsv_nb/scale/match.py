@@ -31,7 +31,7 @@ def second_names(
     return {name: first for name, first in getattr(base, "tied", {}).items() if all(name not in t or _root(t, name) == _root(t, first) for t in tasks.values())}
 
 # %% ../../nbs/scale/30b4_match.ipynb #44d482be
-_KEYS = {"missing": ("base", "the base's are taken", "missing='base' takes the base's"), "extra": ("ignore", "left out", "extra='ignore' leaves them out")}
+_KEYS = {"missing": ("base", "the base's are taken", "missing='base' (--missing base) takes the base's"), "extra": ("ignore", "left out", "extra='ignore' (--extra ignore) leaves them out")}
 
 
 def _extra(base: Mapping, task: Mapping) -> list[str]:
@@ -39,6 +39,16 @@ def _extra(base: Mapping, task: Mapping) -> list[str]:
     own = [n for n in task if n not in base]
     roots = {_root(task, n) for n in task if n in base} if own else ()
     return [n for n in own if _root(task, n) not in roots]
+
+
+def _stranger(names: Sequence[str], task: Mapping) -> str:
+    "Why a task may have no name of the base."
+    first = next(iter(task), "")
+    if any(".lora_A" in n or ".lora_embedding_A" in n for n in task): return "it is a LoRA adapter; adapters are merged with tsv_lora"
+    for n in names:
+        if first.endswith("." + n): return f"its names begin with {first[:-len(n)]!r}, the base's do not; save it again under the names of the base"
+        if n.endswith("." + first): return f"the base's names begin with {n[:-len(first)]!r}, its own do not; save it again under the names of the base"
+    return f"it begins with {first!r}, the base with {next(iter(names), '')!r}; it is another architecture, or saved under other names"
 
 
 def check_keys(
@@ -49,6 +59,7 @@ def check_keys(
     options: Mapping[str, str], # missing: "error" or "base"; extra: "error" or "ignore"
 ) -> Iterator[str]: # notes; raises `StateDictKeyError` with the first few names, their number, and the option that would allow them
     "Compare the names of a task with those that are needed."
+    if not any(n in task for n in names): raise StateDictKeyError(f"{where} has no tensor of the base: {_stranger(names, task)}.")
     for kind, source, found in (("missing", base, [n for n in names if n not in task]), ("extra", task, _extra(base, task))):
         floats = [n for n in found if header(source, n).is_floating_point()]
         allowed, done, advice = _KEYS[kind]
@@ -70,8 +81,8 @@ def common_rows(
     for task, h in others.items():
         if not kind or kind[0] == "text projection" or h.ndim == 0 or h.shape[1:] != start.shape[1:]: check_alike(name, start, h, f"task {task!r}: tensor")
         if vocab == "error":
-            raise ValueError(f"task {task!r}: {kind[0]} {name!r} has {len(h)} rows, the base has {len(start)}; pass vocab='base' to keep the base's, "
-                             "or vocab='common' to merge the rows that all have, if the vocabularies begin alike.")
+            raise ValueError(f"task {task!r}: {kind[0]} {name!r} has {len(h)} rows, the base has {len(start)}; pass vocab='base' (--vocab base) to keep the base's, "
+                             "or vocab='common' (--vocab common) to merge the rows that all have, if the vocabularies begin alike.")
     return min(len(start), *map(len, others.values())) if others else None
 
 # %% ../../nbs/scale/30b4_match.ipynb #56fb6771

@@ -125,7 +125,7 @@ def _draw_all(command: str, base: Mapping, tasks: Mapping[str, Mapping], options
     "The lines of a run that compares checkpoints with their base, and notes."
     rules = Rules(options["include"], options["exclude"])
     matches, notes = match_tensors(base, tasks, options["vocab"], options["missing"], options["extra"])
-    rules.check_used(list(matches))
+    rules.check_used(list(base))
     if command == "compress":
         ints = [n for n, m in matches.items() if not m.start.is_floating_point()]
         matches, notes = {n: m for n, m in matches.items() if n not in {*ints}}, notes + [f"{len(ints)} integer tensors are the base's, and not in the archive"] * bool(ints)
@@ -164,9 +164,11 @@ def _draw_archived(name: str, start: torch.Tensor, parts: Mapping[str, torch.Ten
 
 def _draw_archive(base: Mapping, archive: Mapping, options: dict) -> tuple[list[Drawn], list[str]]:
     "The lines of an expansion, and notes."
-    where, tied = getattr(archive, "where", "the archive"), second_names(base, {})
-    found, starts = _parts_of(archive, where), {n: header(base, n) for n in base if n not in tied}
-    check_same_keys({n: h for n, h in starts.items() if h.is_floating_point()}, {n: o for n, o in found.items() if n not in tied}, where)
+    where = getattr(archive, "where", "the archive")
+    found = _parts_of(archive, where)
+    tied = {n: first for n, first in second_names(base, {}).items() if n not in found} # or the task has untied it
+    starts = {n: header(base, n) for n in base if n not in tied}
+    check_same_keys({n: h for n, h in starts.items() if h.is_floating_point()}, found, where)
     return [_draw_archived(n, h, found.get(n, {}), where, options) for n, h in starts.items()], [f"tied: {n} is {first}, written once" for n, first in tied.items()]
 
 # %% ../../nbs/scale/30b_plan.ipynb #f50245a3

@@ -84,11 +84,11 @@ class Plan:
     bytes_read: int # of tensors; headers not counted
     bytes_written: int # of tensors
     peak_bytes: int # the most memory a run takes above what the process has at its start
-    seconds: float # on this machine; expect up to three times less or more
+    seconds: float # on this machine; usually less, down to a fifth
     notes: tuple[str, ...] = () # what was found and is no error
     def digest(self) -> str:
         "A hash: runs resume each other only if it is equal."
-        what = [self.command, [list(vars(t).values()) for t in self.tensors], self.shards, self.units, self.options, self.inputs]
+        what = [self.command, [list(vars(t).values()) for t in self.tensors], self.shards, self.units, self.options, list(self.inputs.items())] # tasks in order: weights, and sums, depend on it
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     def shard_names(self) -> list[str]: # "model-00001-of-00003.safetensors", …; "model.safetensors" if it is one
         "File names of the shards, as `transformers` has them."
@@ -119,7 +119,7 @@ def plan_table(plan: Plan) -> str: # at most 80 columns
     tables = [[(name, _facts(line, count)) for name, count, line in sections[s]] for s in order]
     tasks, files = len(plan.inputs) - 1, len(plan.shards)
     totals = [f"reads {size_text(plan.bytes_read)}, " + (f"writes {size_text(plan.bytes_written)} to {files} file{'s' * (files != 1)}" if files else "writes nothing"),
-              f"peak memory {size_text(plan.peak_bytes)}, at most; takes {time_text(plan.seconds)} on {plan.options['threads']} thread{'s' * (plan.options['threads'] > 1)}"]
+              f"peak memory {size_text(plan.peak_bytes)}, at most, above what Python and PyTorch take (about 0.5 GB)", f"takes {time_text(plan.seconds)} on {plan.options['threads']} thread{'s' * (plan.options['threads'] > 1)}; usually less, down to a fifth"]
     return lay_out(f"{plan.command}: {len(plan.tensors)} tensors, {tasks} task{'s' * (tasks != 1)}, {len(plan.units)} unit{'s' * (len(plan.units) != 1)} of work", list(zip(heads, tables)), plan.notes, totals)
 
 # %% ../../nbs/scale/30b1_planned.ipynb #14a62c25

@@ -43,7 +43,7 @@ def pattern(
     patterns: Iterable[str], # with wildcards: for a whole name; without: a part of it
 ) -> re.Pattern: # its `search` answers, for a name
     "Several patterns as one regular expression."
-    return re.compile("|".join(r"\A" + translate(p) if re.search(r"[*?[]", p) else re.escape(p) for p in patterns) or r"(?!)", re.S)
+    return re.compile("|".join(re.escape(p) + (r"|\A" + translate(p)) * bool(re.search(r"[*?[]", p)) for p in patterns) or r"(?!)", re.S) # layers[0].w may be a name, too
 
 
 class Choice(NamedTuple):

@@ -124,7 +124,9 @@ def header_length(
     "How long a file says that its header is."
     if len(first) < 8: raise ValueError(f"it has {size} bytes, and the length of a header alone takes 8" if size else "it is empty")
     n, = struct.unpack("<Q", first)
-    if n > LONGEST: raise ValueError(next((what for start, what in _OTHERS.items() if first.startswith(start)), f"its header would be {n} bytes long; the format allows {LONGEST}"))
+    if n > LONGEST:
+        other = "it is text" if first.isascii() and first.decode().isprintable() else f"its header would be {n} bytes long; the format allows {LONGEST}"
+        raise ValueError(next((what for start, what in _OTHERS.items() if first.startswith(start)), other))
     if n + 8 > size: raise ValueError(f"its header should be {n} bytes long, and the whole file has {size}")
     return n
 
