@@ -1,6 +1,7 @@
 """LoRA adapters: the core against the dense route of Part I over a grid, against PEFT itself on small models, and every malformed folder that we could think of."""
 import json
 import logging
+import re
 import warnings
 from itertools import product
 
@@ -224,7 +225,7 @@ def test_bad_configurations_are_named(config, message, tmp_path):
 
 
 BAD_TENSORS = [({A: None}, "'h.q' has no lora_A"), ({B: None}, "'h.q' has no lora_B"), ({A: torch.ones(3, 6)}, "do not fit rank 2"), ({B: torch.ones(8, 2, 1)}, "do not fit rank 2"), ({A: torch.tensor([[1., float("nan")]] * 2)}, "NaN"),
-    ({B: torch.full((8, 2), float("inf"))}, "infinite"), ({A: torch.ones(2, 6).to(torch.int8)}, "dequantize"), ({A.replace("A.weight", "magnitude_vector"): torch.ones(8)}, "is no factor of a LoRA"),
+    ({B: torch.full((8, 2), float("inf"))}, "infinite"), ({A: torch.ones(2, 6).to(torch.int8)}, "dequantize"), ({B: torch.ones(8, 2).to(torch.float8_e4m3fn)}, "lora_B.weight' is torch.float8_e4m3fn"), ({"base_model.model.head.weight": torch.ones(2).to(torch.float8_e5m2)}, "dequantize"), ({A.replace("A.weight", "magnitude_vector"): torch.ones(8)}, "is no factor of a LoRA"),
     ({A.replace("A.weight", "A.default.weight"): torch.ones(2, 6)}, "is no factor of a LoRA"), ({A: None, B: None, "base_model.model.head.weight": torch.ones(2)}, "holds no LoRA factors"),
     ({A.replace("q.", "c."): torch.ones(2, 4, 3, 3), B.replace("q.", "c."): torch.ones(8, 1, 1, 1)}, "convolution with groups"), ({A.replace("q.", "c."): torch.ones(2, 4, 3, 3), B.replace("q.", "c."): torch.ones(8, 2, 3, 3)}, "do not fit rank 2"),
     ({A.replace("q.", "q.base_layer.out_proj."): torch.ones(2, 6), B.replace("q.", "q.base_layer.out_proj."): torch.ones(8, 2)}, "MultiheadAttention"), ({A: torch.ones(2)}, "do not fit rank 2")]
@@ -272,6 +273,20 @@ def test_pickles_are_read_and_never_run(tmp_path):
     torch.save(tensors | {"trap": Trap(str(tmp_path / "ran"))}, path / "adapter_model.bin")
     with pytest.raises(ValueError, match="refused"): read_adapter(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_are_read_by_the_reader_of_checkpoints(tmp_path, monkeypatch):
+    "It never calls torch.load, and refuses bytes in which no tensor lies."
+    path = folder_with(tmp_path / "a")
+    weights = path / "adapter_model.safetensors"
+    tensors, data = load_file(weights), weights.read_bytes()
+    weights.write_bytes(data + b"12345678")
+    with pytest.raises(ValueError, match=re.escape(str(weights))): read_adapter(path)
+    weights.unlink()
+    def never(*args, **kwargs): raise AssertionError("torch.load was called")
+    for old in (False, True):
+        torch.save(tensors, path / "adapter_model.bin", _use_new_zipfile_serialization=not old)
+        with monkeypatch.context() as m: m.setattr(torch, "load", never); assert read_adapter(path)["h.q.weight"].unique().tolist() == [4.]
 
 
 def test_adapters_that_do_not_belong_together(tmp_path):
