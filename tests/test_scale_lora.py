@@ -1,6 +1,7 @@
 """LoRA adapters: the core against the dense route of Part I over a grid, against PEFT itself on small models, and every malformed folder that we could think of."""
 import json
 import logging
+import os
 import re
 import warnings
 from itertools import product
@@ -164,6 +165,23 @@ def test_whole_weights_are_averaged_over_all_tasks(g):
     assert lora_merge([task(1.), task()], heads="drop").saved == {}
 
 
+def test_a_module_that_is_adapted_here_and_saved_whole_there_is_refused(g, tmp_path):
+    layer, base = make_layer(g, (8, 8), 1), {"h.weight": torch.zeros(8, 8)}
+    tasks = {"a": Adapter({"h.weight": layer}), "b": Adapter({"q.weight": layer}, saved={"h.weight": torch.ones(8, 8)})}
+    for pair in (tasks, dict(reversed(tasks.items()))):
+        with pytest.raises(ValueError, match="module 'h' is adapted by LoRA in 'a' and saved whole in 'b'"): lora_merge(pair, base=base)
+        merged = lora_merge(pair, heads="drop")
+        assert set(merged) == {"h.weight", "q.weight"} and not merged.saved
+    folders = [str(save_adapter(a, tmp_path / t)) for t, a in tasks.items()]
+    for argv in (["--plan"], ["--out", str(tmp_path / "c")]):
+        with pytest.raises(SystemExit, match="module 'h' .*--heads drop"): tsv_lora([*folders, *argv])
+    tsv_lora([*folders, "--plan", "--heads", "drop"])
+    with_bias = {"a": Adapter({"h.weight": layer}, biases={"h.bias": torch.ones(8)}), "b": Adapter({"q.weight": layer}, saved={"h.bias": torch.ones(8)})}
+    with pytest.raises(ValueError, match="'h.bias'"): lora_merge(with_bias)
+    other = Adapter({"h.weight": layer}, saved={"h.weight": torch.ones(8, 8)}) # as a merge of the two would be
+    with pytest.raises(ValueError, match="another weight 'h.weight' than the base has"): compress_lora(other, base=base)
+
+
 # Files
 
 def test_scaling_by_the_rules_of_peft():
@@ -198,6 +216,23 @@ def test_no_half_written_folder(g, tmp_path, monkeypatch):
     monkeypatch.setattr("tsv_nb.scale.lora_files.save_atomic", full)
     with pytest.raises(OSError): save_adapter(a, tmp_path / "a", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "mine"] and read_adapter(tmp_path / "a")["w.weight"].shape == (8, 6)
+
+
+def test_an_adapter_that_is_replaced_is_not_lost(g, tmp_path, monkeypatch):
+    "The second of two renames fails, or a file of somebody's is in the folder."
+    a, b, rename = (*(Adapter({"w.weight": make_layer(g, (8, 6), r)}) for r in (2, 3)), os.replace)
+    save_adapter(a, tmp_path / "a")
+    def failing(source, target):
+        if str(source).endswith(".tmp") and target == tmp_path / "a": raise OSError(5, "Input/output error")
+        rename(source, target)
+    with monkeypatch.context() as m:
+        m.setattr("os.replace", failing)
+        with pytest.raises(OSError, match="Input/output"): save_adapter(b, tmp_path / "a", overwrite=True)
+    assert read_adapter(tmp_path / "a").layers["w.weight"].rank == 2 and [p.name for p in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "a" / "thesis.md").write_text("years of work")
+    with pytest.raises(ValueError, match="'thesis.md' would be lost"): save_adapter(b, tmp_path / "a", overwrite=True)
+    (tmp_path / "a" / "thesis.md").unlink()
+    assert read_adapter(save_adapter(b, tmp_path / "a", overwrite=True)).layers["w.weight"].rank == 3 and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def folder_with(path, config=None, tensors=None, text=None, name="adapter_model.safetensors"):
@@ -575,8 +610,8 @@ def test_the_copy_of_the_base_beside_an_adapted_embedding(peft, tmp_path):
     folders = [trained(peft, "llama", tmp_path / t, dict(target_modules=["embed_tokens", "q_proj"]), seed=seed) for t, seed in (("a", 1), ("b", 2))]
     name, tasks, base = "model.embed_tokens.weight", named_adapters(folders), built("llama").state_dict()
     assert tasks["a"].saved[name].equal(base[name]) and lora_merge(tasks, heads="drop").saved[name].equal(base[name])
-    third = Adapter({}, saved={name: base[name] + 3}, config=tasks["a"].config) # one that has trained all of it: the copy serves as the base
-    assert error(lora_merge({**tasks, "c": third}).saved[name], base[name] + 1) < 1e-6
+    third = Adapter({}, saved={name: base[name] + 3}, config=tasks["a"].config) # one that has trained all of it
+    with pytest.raises(ValueError, match="module 'model.embed_tokens' is adapted by LoRA in 'a' and saved whole in 'c'"): lora_merge({**tasks, "c": third})
     assert name in compress_lora(tasks["a"]).factors and compress_lora(tasks["a"], base=base).apply_to(base)[name].shape == base[name].shape
     tasks["b"].saved[name].add_(1)
     with pytest.raises(ValueError, match="'a' and 'b' come with different base weights 'model.embed_tokens.weight'"): lora_merge(tasks)
