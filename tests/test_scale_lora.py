@@ -3,18 +3,20 @@ import json
 import logging
 import os
 import re
+import uuid
 import warnings
 from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from tsv_nb.checks import StateDictKeyError
 from tsv_nb.compress import CompressedTaskVector, compress
 from tsv_nb.interference import interference_by_layer
 from tsv_nb.merge import tsv_merge
 from tsv_nb.scale import lora_config
+from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.lora import Adapter, LoraLayer, product_svd, read_adapter
 from tsv_nb.scale.lora_archives import compress_lora, extract_lora, module_kinds
 from tsv_nb.scale.lora_base import apply_lora, names_in_base, save_applied
@@ -22,6 +24,7 @@ from tsv_nb.scale.lora_command import tsv_lora
 from tsv_nb.scale.lora_config import lora_scaling
 from tsv_nb.scale.lora_files import adapter_config, save_adapter
 from tsv_nb.scale.lora_merge import lora_interference, lora_merge, lora_plan, named_adapters
+from tsv_nb.scale.tensor_work import WORK
 
 SHAPES = {"tall": (40, 24), "wide": (20, 64), "square": (32, 32), "row": (12, 200)}
 FACTS = dict(base_model_name_or_path="tiny")
@@ -370,19 +373,101 @@ def test_a_base_is_read_one_tensor_at_a_time(g, tmp_path):
     steps = apply_lora(base, adapter)
     assert base.reads == []
     for i, (name, value) in enumerate(steps): assert base.reads[i:] == [name] and value.dtype == tensors[name].dtype
+    save_file(tensors, tmp_path / "base.safetensors")
+    base, reads = open_checkpoint(tmp_path / "base.safetensors"), []
+    read = base.readers[0].read
+    base.readers[0].read = lambda name: reads.append(name) or read(name)
     save_applied(base, adapter, tmp_path / "m.safetensors")
     written = load_file(tmp_path / "m.safetensors")
-    assert written.keys() == tensors.keys()
+    assert written.keys() == tensors.keys() and sorted(reads) == sorted(tensors)
     for name in tensors: assert written[name].equal((tensors[name].float() + adapter["h.2.weight"]).bfloat16() if name == "h.2.weight" else tensors[name])
-    save_applied(base, adapter, tmp_path / "m", shard_bytes=1100)
+    save_applied(tensors, adapter, tmp_path / "m", shard_bytes=1100) # a dict is as good
     shards = sorted(p.name for p in (tmp_path / "m").iterdir())
-    assert len(shards) == 4 and shards[-1] == "model.safetensors.index.json"
-    for name, file in json.loads((tmp_path / "m" / shards[-1]).read_text())["weight_map"].items(): assert load_file(tmp_path / "m" / file)[name].equal(written[name])
-    with pytest.raises(ValueError, match="exists"): save_applied(base, adapter, tmp_path / "m")
-    def broken(*args): raise OSError(28, "full")
-    base.__class__ = type("Broken", (OneAtATime,), dict(__getitem__=broken))
+    assert len(shards) == 5 and shards[-2:] == ["model.safetensors.index.json", "tsv_report.json"]
+    for name, file in json.loads((tmp_path / "m" / shards[-2]).read_text())["weight_map"].items(): assert load_file(tmp_path / "m" / file)[name].equal(written[name])
+    with pytest.raises(ValueError, match="exists; .*--overwrite"): save_applied(base, adapter, tmp_path / "m")
+    save_applied(base, adapter, tmp_path / "m", alpha=0., overwrite=True)
+    assert load_file(tmp_path / "m" / "model.safetensors")["h.2.weight"].equal(tensors["h.2.weight"])
+    def broken(name): raise OSError(5, "Input/output error")
+    base.readers[0].read = broken
     with pytest.raises(OSError): save_applied(base, adapter, tmp_path / "n")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "m", "m.report.json", "m.safetensors", "n.partial"]
+    save_applied(tmp_path / "base.safetensors", adapter, tmp_path / "n")
+    assert not (tmp_path / "n.partial").exists() and load_file(tmp_path / "n" / "model.safetensors")["h.2.weight"].equal(written["h.2.weight"])
+
+
+def test_an_ambiguous_prefix_is_not_guessed():
+    both = {f"{p}.encoder.layers.0.q.weight": 0 for p in ("vision_model", "text_model")}
+    with pytest.raises(ValueError, match="may be 'text_model.encoder.layers.0.q.weight' or 'vision_model.encoder.layers.0.q.weight'"): names_in_base(both, ["encoder.layers.0.q.weight"])
+    with pytest.raises(ValueError, match="may be 'h.w' or 'x.model.h.w'"): names_in_base({"h.w": 0, "x.model.h.w": 0}, ["model.h.w"]) # one less, or one more
+    assert names_in_base(both | {"encoder.layers.0.q.weight": 0}, ["encoder.layers.0.q.weight"]) == {"encoder.layers.0.q.weight": "encoder.layers.0.q.weight"}
+    assert names_in_base(both | {"text_model.norm": 0}, ["encoder.layers.0.q.weight", "norm"])["norm"] == "text_model.norm" # only one has all
+
+
+BAD_BASES = [(torch.full((8, 6), 6e4).half(), "do not fit into torch.float16"), (torch.full((8, 6), float("nan")), "48 of 48 values that are NaN"), (torch.ones(8, 6).to(torch.int8), "is int8"), (torch.ones(8, 6).to(torch.float8_e4m3fn), "quantized")]
+
+
+@pytest.mark.parametrize("weight,message", BAD_BASES, ids=[m for _, m in BAD_BASES])
+@pytest.mark.parametrize("name", ("w", "w.weight"))
+def test_a_base_to_which_nothing_can_be_added(name, weight, message, tmp_path):
+    adapter = Adapter({name: LoraLayer(torch.ones(8, 1) * 1e4, torch.ones(1, 6))})
+    save_file({name: weight}, tmp_path / "base.safetensors")
+    for i, base in enumerate(({name: weight}, open_checkpoint(tmp_path / "base.safetensors"))):
+        with pytest.raises(ValueError, match=f"'{name}'.*{message}"): save_applied(base, adapter, tmp_path / f"out{i}")
+        with pytest.raises(ValueError, match=f"'{name}'.*{message}"): dict(apply_lora(base, adapter))
+    assert not list(tmp_path.glob("out?"))
+    if not weight.is_floating_point(): save_applied({"w": weight, "v": torch.zeros(8, 6)}, Adapter({"v": adapter.layers[name]}), tmp_path / "out") # numbers that it does not change
+
+
+def test_weights_that_are_tied_in_the_base(g, tmp_path):
+    wte, layer = torch.randn(12, 8, generator=g), make_layer(g, (12, 8), 2)
+    torch.save({"wte.weight": wte, "w": torch.ones(3), "lm.weight": wte}, tmp_path / "base.bin")
+    base = open_checkpoint(tmp_path / "base.bin")
+    for name in ("wte.weight", "lm.weight"):
+        adapter = Adapter({name: layer})
+        want = wte + layer.delta()
+        assert {n: error(t, want) < 1e-6 for n, t in apply_lora(base, adapter) if n != "w"} == {"wte.weight": True, "lm.weight": True}
+        written = load_file(save_applied(base, adapter, tmp_path / f"{name}.safetensors"))
+        assert set(written) == {"wte.weight", "w"} and error(written["wte.weight"], want) < 1e-6
+    with pytest.raises(ValueError, match="'wte.weight' and 'lm.weight' are one weight in the base"): save_applied(base, Adapter({"wte.weight": layer, "lm.weight": layer}), tmp_path / "out")
+
+
+def test_whole_weights_and_every_type_are_written_as_they_are(g, tmp_path):
+    base = {"flag": torch.tensor([True]), "head": torch.randn(3, 5, generator=g).bfloat16(), "n": torch.tensor(3), "u": torch.arange(3).to(torch.uint16), "w": torch.randn(8, 6, generator=g), "x": torch.randn(2, generator=g).double()}
+    head = torch.randn(3, 5, generator=g).bfloat16()
+    save_applied(base, Adapter({"w": make_layer(g, (8, 6), 2)}, saved={"head": head, "n": torch.tensor(7)}), tmp_path / "out.safetensors")
+    data, written = (tmp_path / "out.safetensors").read_bytes(), load_file(tmp_path / "out.safetensors")
+    assert written["head"].equal(head) and written["n"] == 7 and all(written[n].equal(base[n]) for n in ("flag", "u", "x"))
+    heads = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    assert all(heads[n]["data_offsets"][0] % t.itemsize == 0 for n, t in base.items()) # aligned
+
+
+def test_a_base_at_an_address(g, tmp_path):
+    fs, name = pytest.importorskip("fsspec").filesystem("memory"), f"/{uuid.uuid4().hex}"
+    save_file({"w": torch.zeros(8, 6)}, tmp_path / "base.safetensors")
+    fs.pipe_file(f"{name}/model.safetensors", (tmp_path / "base.safetensors").read_bytes()); fs.pipe_file(f"{name}/config.json", b"{}")
+    layer = make_layer(g, (8, 6), 2)
+    folder = save_adapter(Adapter({"w.weight": layer}), tmp_path / "a")
+    save_applied(f"memory:/{name}", Adapter({"w": layer}), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "{}" and error(load_file(tmp_path / "out" / "model.safetensors")["w"], layer.delta()) < 1e-6
+    fs.pipe_file(f"{name}/model.safetensors", save({"w.weight": torch.zeros(8, 6)}))
+    tsv_lora([str(folder), "--merged", "--base", f"memory:/{name}", "--out", str(tmp_path / "whole"), "--quiet"])
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == ["config.json", "model.safetensors", "tsv_report.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that ends in the middle")
+def test_a_killed_run_goes_on(g, tmp_path, monkeypatch):
+    base, adapter, work = {f"w{i}": torch.randn(8, 6, generator=g) for i in range(6)}, Adapter({"w2": make_layer(g, (8, 6), 2)}), WORK["apply"]["copy"]
+    monkeypatch.setattr("tsv_nb.scale.lora_base.cut_units", lambda shards, sizes: tuple((n,) for s in shards for n in s))
+    if not (child := os.fork()):
+        WORK["apply"]["copy"] = lambda read, planned: os._exit(9) if planned.name == "w4" else work(read, planned)
+        try: save_applied(base, adapter, tmp_path / "out", shard_bytes=400)
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    save_applied(base, adapter, tmp_path / "out", shard_bytes=400)
+    assert json.loads((tmp_path / "out" / "tsv_report.json").read_text())["session"]["resumed"] == 4 and [p.name for p in tmp_path.iterdir()] == ["out"]
+    written = open_checkpoint(tmp_path / "out")
+    for name, want in apply_lora(base, adapter): assert written[name].equal(want)
 
 
 # Archives
