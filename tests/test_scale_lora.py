@@ -24,6 +24,7 @@ from tsv_nb.scale.lora_command import tsv_lora
 from tsv_nb.scale.lora_config import lora_scaling
 from tsv_nb.scale.lora_files import adapter_config, save_adapter
 from tsv_nb.scale.lora_merge import lora_interference, lora_merge, lora_plan, named_adapters
+from tsv_nb.scale.tables import size_text
 from tsv_nb.scale.tensor_work import WORK
 
 SHAPES = {"tall": (40, 24), "wide": (20, 64), "square": (32, 32), "row": (12, 200)}
@@ -536,21 +537,75 @@ def test_the_command(g, tmp_path, capsys):
     folders = [str(save_adapter(a, tmp_path / t)) for t, a in tasks.items()]
     tsv_lora([*folders, "--plan"])
     assert "no adapter on 1 of 4 weights" in capsys.readouterr().out and not (tmp_path / "out").exists()
-    tsv_lora([*folders, "--interference", "--as-json"])
+    tsv_lora([*folders, "--interference", "--json"])
     assert json.loads(capsys.readouterr().out)["sti"].keys() == lora_interference(tasks).keys()
-    tsv_lora([*folders, "--out", str(tmp_path / "out"), "--scale", ".5", "--rank", "3", "--dtype", "bfloat16"])
+    tsv_lora([*folders, "--out", str(tmp_path / "out"), "--alpha", ".5", "--rank", "3", "--dtype", "bfloat16"])
     merged, written = lora_merge(tasks, 3, weights=[.5] * 3), read_adapter(tmp_path / "out")
     for n in merged: assert error(written[n], merged[n]) < .01 and written.layers[n].left.dtype == torch.bfloat16
     assert json.loads((tmp_path / "out" / "tsv_report.json").read_text()) == json.loads(json.dumps(merged.report))
     with pytest.raises(SystemExit, match="overwrite"): tsv_lora([*folders, "--out", str(tmp_path / "out")])
-    tsv_lora([*folders, "--out", str(tmp_path / "out"), "--overwrite", "--plain-sum", "--quiet"])
+    tsv_lora([*folders, "--out", str(tmp_path / "out"), "--overwrite", "--orthogonalize", "none", "--quiet"])
     for n in merged: assert error(read_adapter(tmp_path / "out")[n], lora_merge(tasks, orthogonalize=None)[n]) < 1e-6
     save_file({f"{n}.weight": torch.zeros(s) for n, s in SHAPES.items()}, tmp_path / "base.safetensors")
     tsv_lora([*folders, "--merged", "--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "whole")])
     for n, w in load_file(tmp_path / "whole" / "model.safetensors").items(): assert error(w, lora_merge(tasks)[n]) < 1e-5
-    for argv, message in ((["--merged", "--out", "x"], "needs the base"), ([], "nothing to do"), (["--out", "x", "--heads", "cut"], "unknown value for heads"), (["--plan", "--rank", "9"], None)):
+    into = [*folders, "--merged", "--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "whole")]
+    with pytest.raises(SystemExit, match="exists; .*--overwrite"): tsv_lora(into)
+    capsys.readouterr()
+    tsv_lora([*into, "--overwrite", "--alpha", "2", "--json"])
+    assert json.loads(capsys.readouterr().out).keys() == {f"{n}.weight" for n in SHAPES}
+    for n, w in load_file(tmp_path / "whole" / "model.safetensors").items(): assert error(w, 2 * lora_merge(tasks)[n]) < 1e-5
+    tsv_lora([*into, "--plan"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"result: a model of {size_text((tmp_path / 'base.safetensors').stat().st_size)}, with an adapter of rank 8 to 14 in it"
+    for argv, message in ((["--merged", "--out", "x"], "needs the base"), ([], "nothing to do"), (["--plan", "--heads", "cut"], "unknown value for heads"), (["--plan", "--orthogonalize", "qr"], "unknown orthogonalize method 'qr'; known: .*'none'"), (["--plan", "--rank", "9"], None)):
         if message is None: tsv_lora([*folders, *argv]); continue
         with pytest.raises(SystemExit, match=message): tsv_lora([*folders, *argv])
+
+
+@pytest.mark.parametrize("options", ([], ["--dtype", "bfloat16"], ["--rank", "2"], ["--heads", "drop"]))
+def test_the_plan_says_how_large_the_result_is(options, g, tmp_path, capsys):
+    tasks = {t: Adapter({f"h.{n}.weight": make_layer(g, (900, 700), r) for n in "qv"} | {"h.z.weight": LoraLayer(torch.zeros(90, 2), torch.ones(2, 70))}, saved={"head": torch.ones(500, 100)}, config=FACTS) for t, r in (("a", 8), ("b", 12))}
+    folders = [str(save_adapter(a, tmp_path / t)) for t, a in tasks.items()]
+    tsv_lora([*folders, "--plan", *options])
+    said = capsys.readouterr().out.splitlines()[-1]
+    tsv_lora([*folders, "--out", str(tmp_path / "out"), *options])
+    size = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    assert re.fullmatch(rf"result: an adapter of rank 0 to {4 if '--rank' in options else 20}, (\S+ \S+)", said)[1] in (size_text(size), size_text(size - 1000)) # a header
+
+
+def test_numbers_in_words(g, tmp_path, capsys):
+    "One rank is no range, all is not 100.0%, and what is at least kept is rounded down."
+    layer = make_layer(g, (40, 30), 4)
+    folders = [str(save_adapter(Adapter({"w.weight": x}, config=FACTS), tmp_path / t)) for t, x in (("a", layer), ("b", layer._replace(right=layer.right.flip(1))))]
+    tsv_lora([*folders, "--plan"]); tsv_lora([*folders, "--out", str(tmp_path / "c")])
+    out = capsys.readouterr().out
+    assert "result: an adapter of rank 8, " in out and "rank 8; all of the energy of every task is kept" in out
+    U, V = (torch.linalg.qr(torch.randn(d, 2, generator=g)).Q for d in (40, 30))
+    save_adapter(Adapter({"w.weight": LoraLayer(U * torch.tensor([1., .01]), V.mT)}, config=FACTS), tmp_path / "d") # 99.99 %
+    tsv_lora([str(tmp_path / "d"), "--rank", "1", "--out", str(tmp_path / "e")])
+    assert "at least 99.9% of the energy" in capsys.readouterr().out
+
+
+def test_messages_name_the_options_of_the_command(g, tmp_path):
+    a, b, c = (Adapter({"w.weight": make_layer(g, (9, 8), 2)}, saved=saved, config=dict(base_model_name_or_path=base)) for saved, base in (({}, "x"), ({}, "y"), ({"head": torch.ones(2)}, "x")))
+    folders = {t: str(save_adapter(o, tmp_path / t)) for t, o in dict(a=a, b=b, c=c).items()}
+    for pair, message in (("ab", r"any_base=True \(--any-base\)"), ("ac", r"base=… \(--base\), or heads='drop' \(--heads drop\)")):
+        with pytest.raises(SystemExit, match=message): tsv_lora([*(folders[t] for t in pair), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"--overwrite \(overwrite=True\)"): tsv_lora([folders["a"], "--out", folders["b"]])
+
+
+def test_what_is_said_after_ctrl_c(g, tmp_path, monkeypatch, capsys):
+    folder = str(save_adapter(Adapter({"w.weight": make_layer(g, (9, 8), 2)}), tmp_path / "a"))
+    save_file({"w.weight": torch.zeros(9, 8)}, tmp_path / "base.safetensors")
+    argv = [folder, "--merged", "--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out")]
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setitem(WORK["apply"], "merge", stop)
+        with pytest.raises(SystemExit): tsv_lora(argv)
+        assert "out.partial; the same command goes on from there" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the input 'adapter' is another one.*--restart"): tsv_lora([*argv, "--alpha", "2"])
+    tsv_lora([*argv, "--alpha", "2", "--restart"])
+    assert (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 # PEFT itself

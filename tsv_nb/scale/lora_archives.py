@@ -32,7 +32,7 @@ def _check_copies(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
         if not torch.allclose(adapter.saved[name].float(), base[name].float(), rtol=1e-2, atol=1e-5): # they may be stored in different precision
             raise ValueError(f"{adapter.where} comes with another weight {name!r} than the base has; pass the base that it was trained on.")
 
-
+# %% ../../nbs/scale/31e_lora_archives.ipynb #8091a2b3
 def compress_lora(
     adapter: Adapter, # one task
     rank: int | None = None, # components per weight; default: all that the adapter has

@@ -21,6 +21,7 @@ from .estimates import process_bytes
 from .lora import Adapter, LoraLayer
 from .planned import Plan, PlannedTensor, cut_units, fill
 from .rules import check_not_quantized
+from .running import check_space
 from .stream import run_plan
 from .tensor_work import WORK, Reader, wide_dtype
 from ..task_vectors import header
@@ -166,5 +167,6 @@ def save_applied(
     fitted = fit_to_base(base, adapter, fan_in_fan_out)
     tensors = _as_checkpoint(fitted)
     plan = _plan(base, fitted, tensors, alpha, 2**62 if out.suffix == ".safetensors" else shard_bytes)
+    check_space(plan, out)
     run_plan(plan, base, {"adapter": tensors}, out, progress=progress, restart=restart, overwrite=overwrite)
     return out

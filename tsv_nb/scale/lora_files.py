@@ -82,7 +82,7 @@ def _put(new: Path, folder: Path, old: Path) -> None:
     except BaseException: os.replace(old, folder); raise
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../../nbs/scale/31c_lora_files.ipynb #6e7f8091
 def save_adapter(
     adapter: Adapter,
     folder: str | Path, # will hold adapter_config.json and adapter_model.safetensors

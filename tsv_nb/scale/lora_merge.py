@@ -132,7 +132,7 @@ def _copies(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
                 raise ValueError(f"{other!r} and {task!r} come with different base weights {name!r}, {tuple(first.shape)} and {tuple(a.saved[name].shape)}; adapters of different bases cannot be merged.")
     return {name: t for name, (_, t) in found.items()}
 
-
+# %% ../../nbs/scale/31b_lora_merge.ipynb #4c5d6e7f
 def _check_saved(adapters: Mapping[str, Adapter]) -> None:
     "Raise a `ValueError` if one task adapts a weight that another has saved whole: no adapter of PEFT is both."
     for task, a in adapters.items():
