@@ -1,18 +1,22 @@
 """LoRA adapters: the core against the dense route of Part I over a grid, against PEFT itself on small models, and every malformed folder that we could think of."""
 import json
 import logging
+import os
+import re
+import uuid
 import warnings
 from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from tsv_nb.checks import StateDictKeyError
 from tsv_nb.compress import CompressedTaskVector, compress
 from tsv_nb.interference import interference_by_layer
 from tsv_nb.merge import tsv_merge
 from tsv_nb.scale import lora_config
+from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.lora import Adapter, LoraLayer, product_svd, read_adapter
 from tsv_nb.scale.lora_archives import compress_lora, extract_lora, module_kinds
 from tsv_nb.scale.lora_base import apply_lora, names_in_base, save_applied
@@ -20,6 +24,8 @@ from tsv_nb.scale.lora_command import tsv_lora
 from tsv_nb.scale.lora_config import lora_scaling
 from tsv_nb.scale.lora_files import adapter_config, save_adapter
 from tsv_nb.scale.lora_merge import lora_interference, lora_merge, lora_plan, named_adapters
+from tsv_nb.scale.tables import size_text
+from tsv_nb.scale.tensor_work import WORK
 
 SHAPES = {"tall": (40, 24), "wide": (20, 64), "square": (32, 32), "row": (12, 200)}
 FACTS = dict(base_model_name_or_path="tiny")
@@ -163,6 +169,23 @@ def test_whole_weights_are_averaged_over_all_tasks(g):
     assert lora_merge([task(1.), task()], heads="drop").saved == {}
 
 
+def test_a_module_that_is_adapted_here_and_saved_whole_there_is_refused(g, tmp_path):
+    layer, base = make_layer(g, (8, 8), 1), {"h.weight": torch.zeros(8, 8)}
+    tasks = {"a": Adapter({"h.weight": layer}), "b": Adapter({"q.weight": layer}, saved={"h.weight": torch.ones(8, 8)})}
+    for pair in (tasks, dict(reversed(tasks.items()))):
+        with pytest.raises(ValueError, match="module 'h' is adapted by LoRA in 'a' and saved whole in 'b'"): lora_merge(pair, base=base)
+        merged = lora_merge(pair, heads="drop")
+        assert set(merged) == {"h.weight", "q.weight"} and not merged.saved
+    folders = [str(save_adapter(a, tmp_path / t)) for t, a in tasks.items()]
+    for argv in (["--plan"], ["--out", str(tmp_path / "c")]):
+        with pytest.raises(SystemExit, match="module 'h' .*--heads drop"): tsv_lora([*folders, *argv])
+    tsv_lora([*folders, "--plan", "--heads", "drop"])
+    with_bias = {"a": Adapter({"h.weight": layer}, biases={"h.bias": torch.ones(8)}), "b": Adapter({"q.weight": layer}, saved={"h.bias": torch.ones(8)})}
+    with pytest.raises(ValueError, match="'h.bias'"): lora_merge(with_bias)
+    other = Adapter({"h.weight": layer}, saved={"h.weight": torch.ones(8, 8)}) # as a merge of the two would be
+    with pytest.raises(ValueError, match="another weight 'h.weight' than the base has"): compress_lora(other, base=base)
+
+
 # Files
 
 def test_scaling_by_the_rules_of_peft():
@@ -199,6 +222,23 @@ def test_no_half_written_folder(g, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "mine"] and read_adapter(tmp_path / "a")["w.weight"].shape == (8, 6)
 
 
+def test_an_adapter_that_is_replaced_is_not_lost(g, tmp_path, monkeypatch):
+    "The second of two renames fails, or a file of somebody's is in the folder."
+    a, b, rename = (*(Adapter({"w.weight": make_layer(g, (8, 6), r)}) for r in (2, 3)), os.replace)
+    save_adapter(a, tmp_path / "a")
+    def failing(source, target):
+        if str(source).endswith(".tmp") and target == tmp_path / "a": raise OSError(5, "Input/output error")
+        rename(source, target)
+    with monkeypatch.context() as m:
+        m.setattr("os.replace", failing)
+        with pytest.raises(OSError, match="Input/output"): save_adapter(b, tmp_path / "a", overwrite=True)
+    assert read_adapter(tmp_path / "a").layers["w.weight"].rank == 2 and [p.name for p in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "a" / "thesis.md").write_text("years of work")
+    with pytest.raises(ValueError, match="'thesis.md' would be lost"): save_adapter(b, tmp_path / "a", overwrite=True)
+    (tmp_path / "a" / "thesis.md").unlink()
+    assert read_adapter(save_adapter(b, tmp_path / "a", overwrite=True)).layers["w.weight"].rank == 3 and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def folder_with(path, config=None, tensors=None, text=None, name="adapter_model.safetensors"):
     "An adapter folder with one linear layer, changed as wanted."
     path.mkdir(exist_ok=True)
@@ -224,7 +264,7 @@ def test_bad_configurations_are_named(config, message, tmp_path):
 
 
 BAD_TENSORS = [({A: None}, "'h.q' has no lora_A"), ({B: None}, "'h.q' has no lora_B"), ({A: torch.ones(3, 6)}, "do not fit rank 2"), ({B: torch.ones(8, 2, 1)}, "do not fit rank 2"), ({A: torch.tensor([[1., float("nan")]] * 2)}, "NaN"),
-    ({B: torch.full((8, 2), float("inf"))}, "infinite"), ({A: torch.ones(2, 6).to(torch.int8)}, "dequantize"), ({A.replace("A.weight", "magnitude_vector"): torch.ones(8)}, "is no factor of a LoRA"),
+    ({B: torch.full((8, 2), float("inf"))}, "infinite"), ({A: torch.ones(2, 6).to(torch.int8)}, "dequantize"), ({B: torch.ones(8, 2).to(torch.float8_e4m3fn)}, "lora_B.weight' is torch.float8_e4m3fn"), ({"base_model.model.head.weight": torch.ones(2).to(torch.float8_e5m2)}, "dequantize"), ({A.replace("A.weight", "magnitude_vector"): torch.ones(8)}, "is no factor of a LoRA"),
     ({A.replace("A.weight", "A.default.weight"): torch.ones(2, 6)}, "is no factor of a LoRA"), ({A: None, B: None, "base_model.model.head.weight": torch.ones(2)}, "holds no LoRA factors"),
     ({A.replace("q.", "c."): torch.ones(2, 4, 3, 3), B.replace("q.", "c."): torch.ones(8, 1, 1, 1)}, "convolution with groups"), ({A.replace("q.", "c."): torch.ones(2, 4, 3, 3), B.replace("q.", "c."): torch.ones(8, 2, 3, 3)}, "do not fit rank 2"),
     ({A.replace("q.", "q.base_layer.out_proj."): torch.ones(2, 6), B.replace("q.", "q.base_layer.out_proj."): torch.ones(8, 2)}, "MultiheadAttention"), ({A: torch.ones(2)}, "do not fit rank 2")]
@@ -274,6 +314,20 @@ def test_pickles_are_read_and_never_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_weights_are_read_by_the_reader_of_checkpoints(tmp_path, monkeypatch):
+    "It never calls torch.load, and refuses bytes in which no tensor lies."
+    path = folder_with(tmp_path / "a")
+    weights = path / "adapter_model.safetensors"
+    tensors, data = load_file(weights), weights.read_bytes()
+    weights.write_bytes(data + b"12345678")
+    with pytest.raises(ValueError, match=re.escape(str(weights))): read_adapter(path)
+    weights.unlink()
+    def never(*args, **kwargs): raise AssertionError("torch.load was called")
+    for old in (False, True):
+        torch.save(tensors, path / "adapter_model.bin", _use_new_zipfile_serialization=not old)
+        with monkeypatch.context() as m: m.setattr(torch, "load", never); assert read_adapter(path)["h.q.weight"].unique().tolist() == [4.]
+
+
 def test_adapters_that_do_not_belong_together(tmp_path):
     a, b = folder_with(tmp_path / "a"), folder_with(tmp_path / "b", dict(base_model_name_or_path="other"))
     with pytest.raises(ValueError, match="name different bases"): lora_merge([a, b])
@@ -320,19 +374,101 @@ def test_a_base_is_read_one_tensor_at_a_time(g, tmp_path):
     steps = apply_lora(base, adapter)
     assert base.reads == []
     for i, (name, value) in enumerate(steps): assert base.reads[i:] == [name] and value.dtype == tensors[name].dtype
+    save_file(tensors, tmp_path / "base.safetensors")
+    base, reads = open_checkpoint(tmp_path / "base.safetensors"), []
+    read = base.readers[0].read
+    base.readers[0].read = lambda name: reads.append(name) or read(name)
     save_applied(base, adapter, tmp_path / "m.safetensors")
     written = load_file(tmp_path / "m.safetensors")
-    assert written.keys() == tensors.keys()
+    assert written.keys() == tensors.keys() and sorted(reads) == sorted(tensors)
     for name in tensors: assert written[name].equal((tensors[name].float() + adapter["h.2.weight"]).bfloat16() if name == "h.2.weight" else tensors[name])
-    save_applied(base, adapter, tmp_path / "m", shard_bytes=1100)
+    save_applied(tensors, adapter, tmp_path / "m", shard_bytes=1100) # a dict is as good
     shards = sorted(p.name for p in (tmp_path / "m").iterdir())
-    assert len(shards) == 4 and shards[-1] == "model.safetensors.index.json"
-    for name, file in json.loads((tmp_path / "m" / shards[-1]).read_text())["weight_map"].items(): assert load_file(tmp_path / "m" / file)[name].equal(written[name])
-    with pytest.raises(ValueError, match="exists"): save_applied(base, adapter, tmp_path / "m")
-    def broken(*args): raise OSError(28, "full")
-    base.__class__ = type("Broken", (OneAtATime,), dict(__getitem__=broken))
+    assert len(shards) == 5 and shards[-2:] == ["model.safetensors.index.json", "tsv_report.json"]
+    for name, file in json.loads((tmp_path / "m" / shards[-2]).read_text())["weight_map"].items(): assert load_file(tmp_path / "m" / file)[name].equal(written[name])
+    with pytest.raises(ValueError, match="exists; .*--overwrite"): save_applied(base, adapter, tmp_path / "m")
+    save_applied(base, adapter, tmp_path / "m", alpha=0., overwrite=True)
+    assert load_file(tmp_path / "m" / "model.safetensors")["h.2.weight"].equal(tensors["h.2.weight"])
+    def broken(name): raise OSError(5, "Input/output error")
+    base.readers[0].read = broken
     with pytest.raises(OSError): save_applied(base, adapter, tmp_path / "n")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "m", "m.report.json", "m.safetensors", "n.partial"]
+    save_applied(tmp_path / "base.safetensors", adapter, tmp_path / "n")
+    assert not (tmp_path / "n.partial").exists() and load_file(tmp_path / "n" / "model.safetensors")["h.2.weight"].equal(written["h.2.weight"])
+
+
+def test_an_ambiguous_prefix_is_not_guessed():
+    both = {f"{p}.encoder.layers.0.q.weight": 0 for p in ("vision_model", "text_model")}
+    with pytest.raises(ValueError, match="may be 'text_model.encoder.layers.0.q.weight' or 'vision_model.encoder.layers.0.q.weight'"): names_in_base(both, ["encoder.layers.0.q.weight"])
+    with pytest.raises(ValueError, match="may be 'h.w' or 'x.model.h.w'"): names_in_base({"h.w": 0, "x.model.h.w": 0}, ["model.h.w"]) # one less, or one more
+    assert names_in_base(both | {"encoder.layers.0.q.weight": 0}, ["encoder.layers.0.q.weight"]) == {"encoder.layers.0.q.weight": "encoder.layers.0.q.weight"}
+    assert names_in_base(both | {"text_model.norm": 0}, ["encoder.layers.0.q.weight", "norm"])["norm"] == "text_model.norm" # only one has all
+
+
+BAD_BASES = [(torch.full((8, 6), 6e4).half(), "do not fit into torch.float16"), (torch.full((8, 6), float("nan")), "48 of 48 values that are NaN"), (torch.ones(8, 6).to(torch.int8), "is int8"), (torch.ones(8, 6).to(torch.float8_e4m3fn), "quantized")]
+
+
+@pytest.mark.parametrize("weight,message", BAD_BASES, ids=[m for _, m in BAD_BASES])
+@pytest.mark.parametrize("name", ("w", "w.weight"))
+def test_a_base_to_which_nothing_can_be_added(name, weight, message, tmp_path):
+    adapter = Adapter({name: LoraLayer(torch.ones(8, 1) * 1e4, torch.ones(1, 6))})
+    save_file({name: weight}, tmp_path / "base.safetensors")
+    for i, base in enumerate(({name: weight}, open_checkpoint(tmp_path / "base.safetensors"))):
+        with pytest.raises(ValueError, match=f"'{name}'.*{message}"): save_applied(base, adapter, tmp_path / f"out{i}")
+        with pytest.raises(ValueError, match=f"'{name}'.*{message}"): dict(apply_lora(base, adapter))
+    assert not list(tmp_path.glob("out?"))
+    if not weight.is_floating_point(): save_applied({"w": weight, "v": torch.zeros(8, 6)}, Adapter({"v": adapter.layers[name]}), tmp_path / "out") # numbers that it does not change
+
+
+def test_weights_that_are_tied_in_the_base(g, tmp_path):
+    wte, layer = torch.randn(12, 8, generator=g), make_layer(g, (12, 8), 2)
+    torch.save({"wte.weight": wte, "w": torch.ones(3), "lm.weight": wte}, tmp_path / "base.bin")
+    base = open_checkpoint(tmp_path / "base.bin")
+    for name in ("wte.weight", "lm.weight"):
+        adapter = Adapter({name: layer})
+        want = wte + layer.delta()
+        assert {n: error(t, want) < 1e-6 for n, t in apply_lora(base, adapter) if n != "w"} == {"wte.weight": True, "lm.weight": True}
+        written = load_file(save_applied(base, adapter, tmp_path / f"{name}.safetensors"))
+        assert set(written) == {"wte.weight", "w"} and error(written["wte.weight"], want) < 1e-6
+    with pytest.raises(ValueError, match="'wte.weight' and 'lm.weight' are one weight in the base"): save_applied(base, Adapter({"wte.weight": layer, "lm.weight": layer}), tmp_path / "out")
+
+
+def test_whole_weights_and_every_type_are_written_as_they_are(g, tmp_path):
+    base = {"flag": torch.tensor([True]), "head": torch.randn(3, 5, generator=g).bfloat16(), "n": torch.tensor(3), "u": torch.arange(3).to(torch.uint16), "w": torch.randn(8, 6, generator=g), "x": torch.randn(2, generator=g).double()}
+    head = torch.randn(3, 5, generator=g).bfloat16()
+    save_applied(base, Adapter({"w": make_layer(g, (8, 6), 2)}, saved={"head": head, "n": torch.tensor(7)}), tmp_path / "out.safetensors")
+    data, written = (tmp_path / "out.safetensors").read_bytes(), load_file(tmp_path / "out.safetensors")
+    assert written["head"].equal(head) and written["n"] == 7 and all(written[n].equal(base[n]) for n in ("flag", "u", "x"))
+    heads = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    assert all(heads[n]["data_offsets"][0] % t.itemsize == 0 for n, t in base.items()) # aligned
+
+
+def test_a_base_at_an_address(g, tmp_path):
+    fs, name = pytest.importorskip("fsspec").filesystem("memory"), f"/{uuid.uuid4().hex}"
+    save_file({"w": torch.zeros(8, 6)}, tmp_path / "base.safetensors")
+    fs.pipe_file(f"{name}/model.safetensors", (tmp_path / "base.safetensors").read_bytes()); fs.pipe_file(f"{name}/config.json", b"{}")
+    layer = make_layer(g, (8, 6), 2)
+    folder = save_adapter(Adapter({"w.weight": layer}), tmp_path / "a")
+    save_applied(f"memory:/{name}", Adapter({"w": layer}), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "{}" and error(load_file(tmp_path / "out" / "model.safetensors")["w"], layer.delta()) < 1e-6
+    fs.pipe_file(f"{name}/model.safetensors", save({"w.weight": torch.zeros(8, 6)}))
+    tsv_lora([str(folder), "--merged", "--base", f"memory:/{name}", "--out", str(tmp_path / "whole"), "--quiet"])
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == ["config.json", "model.safetensors", "tsv_report.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that ends in the middle")
+def test_a_killed_run_goes_on(g, tmp_path, monkeypatch):
+    base, adapter, work = {f"w{i}": torch.randn(8, 6, generator=g) for i in range(6)}, Adapter({"w2": make_layer(g, (8, 6), 2)}), WORK["apply"]["copy"]
+    monkeypatch.setattr("tsv_nb.scale.lora_base.cut_units", lambda shards, sizes: tuple((n,) for s in shards for n in s))
+    if not (child := os.fork()):
+        WORK["apply"]["copy"] = lambda read, planned: os._exit(9) if planned.name == "w4" else work(read, planned)
+        try: save_applied(base, adapter, tmp_path / "out", shard_bytes=400)
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    save_applied(base, adapter, tmp_path / "out", shard_bytes=400)
+    assert json.loads((tmp_path / "out" / "tsv_report.json").read_text())["session"]["resumed"] == 4 and [p.name for p in tmp_path.iterdir()] == ["out"]
+    written = open_checkpoint(tmp_path / "out")
+    for name, want in apply_lora(base, adapter): assert written[name].equal(want)
 
 
 # Archives
@@ -401,21 +537,75 @@ def test_the_command(g, tmp_path, capsys):
     folders = [str(save_adapter(a, tmp_path / t)) for t, a in tasks.items()]
     tsv_lora([*folders, "--plan"])
     assert "no adapter on 1 of 4 weights" in capsys.readouterr().out and not (tmp_path / "out").exists()
-    tsv_lora([*folders, "--interference", "--as-json"])
+    tsv_lora([*folders, "--interference", "--json"])
     assert json.loads(capsys.readouterr().out)["sti"].keys() == lora_interference(tasks).keys()
-    tsv_lora([*folders, "--out", str(tmp_path / "out"), "--scale", ".5", "--rank", "3", "--dtype", "bfloat16"])
+    tsv_lora([*folders, "--out", str(tmp_path / "out"), "--alpha", ".5", "--rank", "3", "--dtype", "bfloat16"])
     merged, written = lora_merge(tasks, 3, weights=[.5] * 3), read_adapter(tmp_path / "out")
     for n in merged: assert error(written[n], merged[n]) < .01 and written.layers[n].left.dtype == torch.bfloat16
     assert json.loads((tmp_path / "out" / "tsv_report.json").read_text()) == json.loads(json.dumps(merged.report))
     with pytest.raises(SystemExit, match="overwrite"): tsv_lora([*folders, "--out", str(tmp_path / "out")])
-    tsv_lora([*folders, "--out", str(tmp_path / "out"), "--overwrite", "--plain-sum", "--quiet"])
+    tsv_lora([*folders, "--out", str(tmp_path / "out"), "--overwrite", "--orthogonalize", "none", "--quiet"])
     for n in merged: assert error(read_adapter(tmp_path / "out")[n], lora_merge(tasks, orthogonalize=None)[n]) < 1e-6
     save_file({f"{n}.weight": torch.zeros(s) for n, s in SHAPES.items()}, tmp_path / "base.safetensors")
     tsv_lora([*folders, "--merged", "--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "whole")])
     for n, w in load_file(tmp_path / "whole" / "model.safetensors").items(): assert error(w, lora_merge(tasks)[n]) < 1e-5
-    for argv, message in ((["--merged", "--out", "x"], "needs the base"), ([], "nothing to do"), (["--out", "x", "--heads", "cut"], "unknown value for heads"), (["--plan", "--rank", "9"], None)):
+    into = [*folders, "--merged", "--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "whole")]
+    with pytest.raises(SystemExit, match="exists; .*--overwrite"): tsv_lora(into)
+    capsys.readouterr()
+    tsv_lora([*into, "--overwrite", "--alpha", "2", "--json"])
+    assert json.loads(capsys.readouterr().out).keys() == {f"{n}.weight" for n in SHAPES}
+    for n, w in load_file(tmp_path / "whole" / "model.safetensors").items(): assert error(w, 2 * lora_merge(tasks)[n]) < 1e-5
+    tsv_lora([*into, "--plan"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"result: a model of {size_text((tmp_path / 'base.safetensors').stat().st_size)}, with an adapter of rank 8 to 14 in it"
+    for argv, message in ((["--merged", "--out", "x"], "needs the base"), ([], "nothing to do"), (["--plan", "--heads", "cut"], "unknown value for heads"), (["--plan", "--orthogonalize", "qr"], "unknown orthogonalize method 'qr'; known: .*'none'"), (["--plan", "--rank", "9"], None)):
         if message is None: tsv_lora([*folders, *argv]); continue
         with pytest.raises(SystemExit, match=message): tsv_lora([*folders, *argv])
+
+
+@pytest.mark.parametrize("options", ([], ["--dtype", "bfloat16"], ["--rank", "2"], ["--heads", "drop"]))
+def test_the_plan_says_how_large_the_result_is(options, g, tmp_path, capsys):
+    tasks = {t: Adapter({f"h.{n}.weight": make_layer(g, (900, 700), r) for n in "qv"} | {"h.z.weight": LoraLayer(torch.zeros(90, 2), torch.ones(2, 70))}, saved={"head": torch.ones(500, 100)}, config=FACTS) for t, r in (("a", 8), ("b", 12))}
+    folders = [str(save_adapter(a, tmp_path / t)) for t, a in tasks.items()]
+    tsv_lora([*folders, "--plan", *options])
+    said = capsys.readouterr().out.splitlines()[-1]
+    tsv_lora([*folders, "--out", str(tmp_path / "out"), *options])
+    size = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    assert re.fullmatch(rf"result: an adapter of rank 0 to {4 if '--rank' in options else 20}, (\S+ \S+)", said)[1] in (size_text(size), size_text(size - 1000)) # a header
+
+
+def test_numbers_in_words(g, tmp_path, capsys):
+    "One rank is no range, all is not 100.0%, and what is at least kept is rounded down."
+    layer = make_layer(g, (40, 30), 4)
+    folders = [str(save_adapter(Adapter({"w.weight": x}, config=FACTS), tmp_path / t)) for t, x in (("a", layer), ("b", layer._replace(right=layer.right.flip(1))))]
+    tsv_lora([*folders, "--plan"]); tsv_lora([*folders, "--out", str(tmp_path / "c")])
+    out = capsys.readouterr().out
+    assert "result: an adapter of rank 8, " in out and "rank 8; all of the energy of every task is kept" in out
+    U, V = (torch.linalg.qr(torch.randn(d, 2, generator=g)).Q for d in (40, 30))
+    save_adapter(Adapter({"w.weight": LoraLayer(U * torch.tensor([1., .01]), V.mT)}, config=FACTS), tmp_path / "d") # 99.99 %
+    tsv_lora([str(tmp_path / "d"), "--rank", "1", "--out", str(tmp_path / "e")])
+    assert "at least 99.9% of the energy" in capsys.readouterr().out
+
+
+def test_messages_name_the_options_of_the_command(g, tmp_path):
+    a, b, c = (Adapter({"w.weight": make_layer(g, (9, 8), 2)}, saved=saved, config=dict(base_model_name_or_path=base)) for saved, base in (({}, "x"), ({}, "y"), ({"head": torch.ones(2)}, "x")))
+    folders = {t: str(save_adapter(o, tmp_path / t)) for t, o in dict(a=a, b=b, c=c).items()}
+    for pair, message in (("ab", r"any_base=True \(--any-base\)"), ("ac", r"base=… \(--base\), or heads='drop' \(--heads drop\)")):
+        with pytest.raises(SystemExit, match=message): tsv_lora([*(folders[t] for t in pair), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"--overwrite \(overwrite=True\)"): tsv_lora([folders["a"], "--out", folders["b"]])
+
+
+def test_what_is_said_after_ctrl_c(g, tmp_path, monkeypatch, capsys):
+    folder = str(save_adapter(Adapter({"w.weight": make_layer(g, (9, 8), 2)}), tmp_path / "a"))
+    save_file({"w.weight": torch.zeros(9, 8)}, tmp_path / "base.safetensors")
+    argv = [folder, "--merged", "--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out")]
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setitem(WORK["apply"], "merge", stop)
+        with pytest.raises(SystemExit): tsv_lora(argv)
+        assert "out.partial; the same command goes on from there" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the input 'adapter' is another one.*--restart"): tsv_lora([*argv, "--alpha", "2"])
+    tsv_lora([*argv, "--alpha", "2", "--restart"])
+    assert (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 # PEFT itself
@@ -560,8 +750,8 @@ def test_the_copy_of_the_base_beside_an_adapted_embedding(peft, tmp_path):
     folders = [trained(peft, "llama", tmp_path / t, dict(target_modules=["embed_tokens", "q_proj"]), seed=seed) for t, seed in (("a", 1), ("b", 2))]
     name, tasks, base = "model.embed_tokens.weight", named_adapters(folders), built("llama").state_dict()
     assert tasks["a"].saved[name].equal(base[name]) and lora_merge(tasks, heads="drop").saved[name].equal(base[name])
-    third = Adapter({}, saved={name: base[name] + 3}, config=tasks["a"].config) # one that has trained all of it: the copy serves as the base
-    assert error(lora_merge({**tasks, "c": third}).saved[name], base[name] + 1) < 1e-6
+    third = Adapter({}, saved={name: base[name] + 3}, config=tasks["a"].config) # one that has trained all of it
+    with pytest.raises(ValueError, match="module 'model.embed_tokens' is adapted by LoRA in 'a' and saved whole in 'c'"): lora_merge({**tasks, "c": third})
     assert name in compress_lora(tasks["a"]).factors and compress_lora(tasks["a"], base=base).apply_to(base)[name].shape == base[name].shape
     tasks["b"].saved[name].add_(1)
     with pytest.raises(ValueError, match="'a' and 'b' come with different base weights 'model.embed_tokens.weight'"): lora_merge(tasks)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_finite
-from ..lazy import open_tensors
 from ..low_rank import Factors, numerical_rank
+from .checkpoints import open_checkpoint
 from .lora_config import lora_scaling, read_config
 
 # %% ../../nbs/scale/31_lora.ipynb #c5fdf94a
@@ -69,7 +69,7 @@ def _sort(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, dict[str
     "Tensors of an adapter file by module, {module: {'A', 'B', 'bias', 'embedding_A', …}}, and whole weights by name."
     factors, saved = {}, {}
     for key, value in tensors.items():
-        if not value.dtype.is_floating_point and "lora_" in key: raise ValueError(f"{where}: tensor {key!r} is {value.dtype}; dequantize the adapter first.")
+        if value.dtype.itemsize < 2 if value.is_floating_point() else "lora_" in key: raise ValueError(f"{where}: tensor {key!r} is {value.dtype}; dequantize the adapter first.")
         if value.is_floating_point(): check_finite(key, value, f"{where}: tensor")
         name = key.removeprefix("base_model.model.").replace(".modules_to_save.", ".") # bias="all" lists a head's bias twice, and its old value
         if ".original_module." in name: continue
@@ -131,7 +131,7 @@ def read_adapter(
     config = read_config(folder / "adapter_config.json")
     path = next((folder / n for n in ("adapter_model.safetensors", "adapter_model.bin") if (folder / n).is_file()), None)
     if path is None: raise FileNotFoundError(f"no adapter_model.safetensors in {str(folder)!r}; copy the whole folder.")
-    factors, saved = _sort(open_tensors(path).load(), repr(str(path)))
+    factors, saved = _sort(dict(open_checkpoint(path)), repr(str(path)))
     if not factors: raise ValueError(f"{str(path)!r} holds no LoRA factors; save the adapter with save_pretrained.")
     transposed = bool(config.get("fan_in_fan_out")) if fan_in_fan_out is None else fan_in_fan_out
     layers = {f"{m}.weight": _layer(m, parts, config, transposed, repr(str(path))) for m, parts in factors.items()}

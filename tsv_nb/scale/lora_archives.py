@@ -26,6 +26,13 @@ def _untouched(entry: Tensor) -> Factors | Tensor:
     return Factors(torch.zeros(entry.shape[0], 0), torch.zeros(0), torch.zeros(0, entry.shape[1]))
 
 
+def _check_copies(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
+    "Raise a `ValueError` if a whole weight beside a LoRA is not the base's own."
+    for name in adapter.saved.keys() & adapter.layers.keys():
+        if not torch.allclose(adapter.saved[name].float(), base[name].float(), rtol=1e-2, atol=1e-5): # they may be stored in different precision
+            raise ValueError(f"{adapter.where} comes with another weight {name!r} than the base has; pass the base that it was trained on.")
+
+# %% ../../nbs/scale/31e_lora_archives.ipynb #8091a2b3
 def compress_lora(
     adapter: Adapter, # one task
     rank: int | None = None, # components per weight; default: all that the adapter has
@@ -34,7 +41,7 @@ def compress_lora(
 ) -> CompressedTaskVector: # its `.save` writes the archive
     "TSV-C of an adapter, from the core."
     if rank is not None: check_rank(rank, "leave it out to keep all components")
-    if base is not None: adapter = fit_to_base(base, adapter)
+    if base is not None: _check_copies(adapter := fit_to_base(base, adapter), base)
     saved = {n: t for n, t in adapter.saved.items() if n not in adapter.layers and t.is_floating_point()} # not the base's own
     if saved and base is None: raise ValueError(f"{adapter.where} holds whole weights ({next(iter(saved))!r}, …), whose difference to the base is needed: pass base=….")
     small = {n: Factors(f.U.to(dtype), f.S.float(), f.Vh.to(dtype)) for n, x in adapter.layers.items() if x.kind != "conv" for f in [x.factors(rank)]}

@@ -6,20 +6,24 @@
 __all__ = ['names_in_base', 'fit_to_base', 'apply_lora', 'save_applied']
 
 # %% ../../nbs/scale/31d_lora_base.ipynb #f8d01e85
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..checks import StateDictKeyError
+from .. import __version__
+from ..checks import StateDictKeyError, check_finite, fitting
+from .checkpoints import Checkpoint, open_checkpoint
+from .estimates import process_bytes
 from .lora import Adapter, LoraLayer
-from .parts import WholeFile, raw_bytes, save_json
+from .planned import Plan, PlannedTensor, cut_units, fill
+from .rules import check_not_quantized
+from .running import check_space
+from .stream import run_plan
+from .tensor_work import WORK, Reader, wide_dtype
 from ..task_vectors import header
 
 # %% ../../nbs/scale/31d_lora_base.ipynb #619e2714
@@ -29,13 +33,15 @@ def names_in_base(
     where: str = "adapter", # how messages call it
 ) -> dict[str, str]: # name in the adapter -> name in the base
     "Find an adapter's weights in a checkpoint, whose names may have one prefix more or less."
-    prefixes = {b.removesuffix(names[0]) for b in base if names and b.endswith(f".{names[0]}")}
-    for rename in (str, lambda n: n.partition(".")[2], *(lambda n, p=p: p + n for p in sorted(prefixes))):
-        if all(rename(n) in base for n in names): return {n: rename(n) for n in names}
     missing = [n for n in names if n not in base]
+    if not missing: return {n: n for n in names}
+    prefixes = sorted({b.removesuffix(names[0]) for b in base if b.endswith(f".{names[0]}")})
+    fits = [o for o in ({n: n.partition(".")[2] for n in names}, *({n: p + n for n in names} for p in prefixes)) if all(b in base for b in o.values())]
+    if len(fits) == 1: return fits[0]
+    if fits: raise ValueError(f"{where}: {names[0]!r} may be {' or '.join(repr(o[names[0]]) for o in fits)} of the base, and so may all its weights; save the adapter from the whole model, so that its names are complete.")
     raise StateDictKeyError(f"{where}: {len(missing)} of {len(names)} weights are not in the base, among them {missing[0]!r}; it was trained on another model.")
 
-
+# %% ../../nbs/scale/31d_lora_base.ipynb #7c2d9a41
 def _layout(name: str, x: LoraLayer, want: torch.Size, fan_in_fan_out: bool | None, where: str) -> tuple[LoraLayer, bool]:
     "A layer in the layout of the base's weight, and whether its shape tells that the flag was wrong."
     turned, square = LoraLayer(x.right.mT, x.left.mT, x.scaling, "linear" if x.kind == "transposed" else "transposed"), want[:1] == want[-1:]
@@ -44,33 +50,54 @@ def _layout(name: str, x: LoraLayer, want: torch.Size, fan_in_fan_out: bool | No
     if x.kind in ("linear", "transposed") and turned.weight_shape == want: return turned, True
     raise ValueError(f"{where}: {name!r} is {tuple(x.weight_shape)}, the base has {tuple(want)}; the adapter was trained on another model.")
 
+
+def _places(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, str]:
+    "Name in the adapter -> name in the base, of tied weights the first; a `ValueError` where nothing can be added."
+    names = names_in_base(base, [*adapter.layers, *adapter.biases, *adapter.saved], adapter.where)
+    tied, where, owner = getattr(base, "tied", {}), getattr(base, "where", "the base"), {}
+    for name, there in names.items():
+        dtype = header(base, there).dtype
+        check_not_quantized(there, dtype, where)
+        if not dtype.is_floating_point and (name in adapter or adapter.saved[name].is_floating_point()): raise ValueError(f"{where}: {there!r} is {str(dtype).removeprefix('torch.')}, and {adapter.where} changes it; dequantize the base to bfloat16 first.")
+        names[name] = tied.get(there, there)
+        other = owner.setdefault(names[name], name)
+        if other != name: raise ValueError(f"{other!r} and {name!r} are one weight in the base (tied), and {adapter.where} changes both; untie them in the base first.")
+    return names
+
 # %% ../../nbs/scale/31d_lora_base.ipynb #a1d3fe4b
 def fit_to_base(
     base: Mapping[str, Tensor], # theta_0, or its headers
     adapter: Adapter,
     fan_in_fan_out: bool | None = None, # layout of square weights, where the adapter's flag contradicts the base: True for (in, out)
-) -> Adapter: # with the names and layouts of the base; `StateDictKeyError`, or `ValueError` for shapes that do not fit
+) -> Adapter: # with the names and layouts of the base; `StateDictKeyError`, or `ValueError` for what does not fit
     "Match an adapter with a checkpoint, from headers only."
-    names = names_in_base(base, [*adapter.layers, *adapter.biases, *adapter.saved], adapter.where)
+    names = _places(base, adapter)
     fitted = {n: _layout(n, x, header(base, names[n]).shape, fan_in_fan_out, adapter.where) for n, x in adapter.layers.items()}
     wrong, square = [n for n, (_, turned) in fitted.items() if turned], [n for n, (x, _) in fitted.items() if x.kind in ("linear", "transposed") and x.left.shape[0] == x.right.shape[1]]
     if wrong and square and fan_in_fan_out is None:
-        raise ValueError(f"{adapter.where}: fan_in_fan_out in adapter_config.json is wrong for {wrong[0]!r}, so the layout of square weights such as {square[0]!r} cannot be known; pass fan_in_fan_out=True for Conv1D, False for Linear.")
+        raise ValueError(f"{adapter.where}: fan_in_fan_out in adapter_config.json is wrong for {wrong[0]!r}, so the layout of square weights such as {square[0]!r} cannot be known; in Python, pass fan_in_fan_out=True for Conv1D, False for Linear.")
     for name, value in (adapter.saved | adapter.biases).items():
-        if value.shape != (want := header(base, names[name]).shape): raise ValueError(f"{adapter.where}: {name!r} is {tuple(value.shape)}, the base has {tuple(want)}; drop it (heads='drop'), or resize the base.")
+        if value.shape != (want := header(base, names[name]).shape): raise ValueError(f"{adapter.where}: {name!r} is {tuple(value.shape)}, the base has {tuple(want)}; drop it with heads='drop' (--heads drop), or resize the base.")
     return replace(adapter, layers={names[n]: x for n, (x, _) in fitted.items()}, biases={names[n]: t for n, t in adapter.biases.items()}, saved={names[n]: t for n, t in adapter.saved.items()})
 
 # %% ../../nbs/scale/31d_lora_base.ipynb #14ebb518
+def _changed(start: Tensor, layer: LoraLayer | None, bias: Tensor | None, whole: Tensor | None, alpha: float) -> Tensor:
+    "One tensor of the base with its changes, in the type that it had."
+    if not start.is_floating_point(): return start if whole is None else whole.to(start.dtype)
+    value = start.to(wide_dtype(start))
+    if whole is not None: value = torch.lerp(value, whole.to(value.dtype), alpha) # exactly the whole weight where alpha is 1
+    if layer is not None: value = value + alpha * layer.delta().reshape(value.shape)
+    if bias is not None: value = value + alpha * bias
+    return value.to(start.dtype)
+
+
 def _applied(base: Mapping[str, Tensor], adapter: Adapter, alpha: float) -> Iterator[tuple[str, Tensor]]:
     "The base's tensors with their changes added, one after the other."
-    layers, biases, whole = adapter.layers, adapter.biases, adapter.saved
     for name in base:
-        start = base[name]
-        value = start.to(torch.float64 if start.dtype == torch.float64 else torch.float32) if start.is_floating_point() else start
-        if name in whole: value = value + alpha * (whole[name].to(value.dtype) - value) if start.is_floating_point() else whole[name]
-        if name in layers: value = value + alpha * layers[name].delta().reshape(value.shape)
-        if name in biases: value = value + alpha * biases[name]
-        yield name, value.to(start.dtype) if value is not start else start.clone()
+        start, first = base[name], getattr(base, "tied", {}).get(name, name)
+        if start.is_floating_point(): check_finite(name, start, f"{getattr(base, 'where', 'the base')}: tensor")
+        value = _changed(start, adapter.layers.get(first), adapter.biases.get(first), adapter.saved.get(first), alpha)
+        yield name, fitting({name: value.clone() if value is start else value}, "output tensor")[name]
 
 
 def apply_lora(
@@ -84,57 +111,62 @@ def apply_lora(
     return _applied(base, fitted, alpha)
 
 # %% ../../nbs/scale/31d_lora_base.ipynb #88876160
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_PARTS = ("left", "right", "scaling", "bias", "whole")
 
 
-def _shards(base: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, dict]]:
-    "What each file will hold, in the order of the base: name -> type, shape and place."
-    shards, end = [{}], 0
-    for name in base:
-        head = header(base, name)
-        if head.dtype not in _CODES: raise ValueError(f"tensor {name!r} of the base is {head.dtype}, which is not supported; convert it to bfloat16.")
-        size = head.numel() * head.dtype.itemsize
-        if shards[-1] and end + size > shard_bytes: shards.append({}); end = 0
-        shards[-1][name] = dict(dtype=_CODES[head.dtype], shape=list(head.shape), data_offsets=[end, end := end + size])
-    return shards
+def _as_checkpoint(adapter: Adapter) -> Checkpoint:
+    "An adapter's tensors, as `left/NAME` and so on, in a checkpoint in memory."
+    layers = adapter.layers.items()
+    parts = ({n: x.left for n, x in layers}, {n: x.right for n, x in layers}, {n: torch.tensor(x.scaling, dtype=torch.float64) for n, x in layers}, adapter.biases, adapter.saved)
+    return open_checkpoint({f"{part}/{n}": t for part, found in zip(_PARTS, parts) for n, t in found.items()})
 
 
-def _write(path: Path, shard: Mapping[str, dict], entries: Iterator[tuple[str, Tensor]]) -> None:
-    "One file, from the next tensors of an iterator."
-    text = json.dumps({"__metadata__": {"format": "pt", "method": "tsv_lora"}} | shard).encode()
-    text += b" " * (-len(text) % 8)
-    with WholeFile(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, (_, tensor) in zip(shard, entries): file.write(raw_bytes(tensor))
+def _apply_tensor(read: Reader, planned: PlannedTensor) -> tuple[dict[str, Tensor], dict]:
+    "One tensor of base + alpha * adapter."
+    name, there = planned.name, read.job.tasks["adapter"]
+    left, right, scaling, bias, whole = (read("adapter", f"{part}/{name}") if f"{part}/{name}" in there else None for part in _PARTS)
+    layer = None if left is None else LoraLayer(left, right, scaling.item())
+    return {name: _changed(read("base", name), layer, bias, whole, read.job.plan.options["alpha"])}, {}
+
+
+WORK["apply"] = dict.fromkeys(("merge", "average", "copy"), _apply_tensor)
 
 # %% ../../nbs/scale/31d_lora_base.ipynb #a590af32
-def _write_folder(folder: Path, shards: list[dict], entries: Iterator[tuple[str, Tensor]], companions: Sequence[str]) -> None:
-    "A Hugging Face folder."
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file in companions: shutil.copy(file, folder)
-    for name, shard in zip(names, shards): _write(folder / name, shard, entries)
-    index = dict(metadata=dict(total_size=sum(max(e["data_offsets"][1] for e in s.values()) for s in shards)), weight_map={n: file for file, s in zip(names, shards) for n in s})
-    if len(shards) > 1: save_json(folder / "model.safetensors.index.json", index)
+def _line(name: str, h: Tensor, adapter: Adapter) -> PlannedTensor:
+    "What is done with one tensor."
+    layer = adapter.layers.get(name)
+    how, reason = ("merge", "adapted") if layer else ("average", "changed whole") if name in adapter or name in adapter.saved else ("copy", "not adapted")
+    return PlannedTensor(name, tuple(h.shape), str(h.dtype).removeprefix("torch."), how, layer.rank if layer else 0, reason)
 
 
+def _plan(base: Checkpoint, adapter: Adapter, tensors: Checkpoint, alpha: float, limit: int) -> Plan:
+    "What `run_plan` will do; `ValueError` for quantized weights."
+    heads = {n: base.header(n) for n in base if n not in base.tied}
+    for n, h in heads.items(): check_not_quantized(n, h.dtype, base.where)
+    sizes = {n: h.nbytes for n, h in heads.items()}
+    shards = fill(sizes, limit)
+    options = dict(alpha=alpha, method="LoRA", threads=torch.get_num_threads(), tsv_nb=__version__, torch=torch.__version__)
+    peak = process_bytes(max(h.nbytes + 3 * h.numel() * max(4, h.dtype.itemsize) for h in heads.values())) # read; in float32, its change, and their sum
+    return Plan("apply", tuple(_line(n, h, adapter) for n, h in heads.items()), shards, cut_units(shards, sizes), options, dict(base=base.fingerprint(), adapter=tensors.fingerprint()),
+                sum(sizes.values()) + tensors.total_bytes, sum(sizes.values()), peak, 0., tuple(f"tied: {n} is {first}, written once" for n, first in base.tied.items())) # nobody is told how long it takes
+
+# %% ../../nbs/scale/31d_lora_base.ipynb #b8e4d6fa
 def save_applied(
-    base: Mapping[str, Tensor], # theta_0; of a `Checkpoint`, the configuration and tokenizer are copied
+    base: str | PathLike | Mapping[str, Tensor] | nn.Module, # theta_0: a path, an address or a `Checkpoint`, of which the configuration and tokenizer are copied; or a dict, which is in memory
     adapter: Adapter, # of one task, or merged
-    out: str | Path, # a .safetensors file, or a folder, which must not exist
+    out: str | Path, # a .safetensors file, or a folder
     alpha: float = 1., # scale of the adapter
     fan_in_fan_out: bool | None = None, # as in `fit_to_base`
     shard_bytes: int = 5 * 10**9, # largest file of a folder
-) -> Path: # what was written
+    overwrite: bool = False, # replace `out` if it exists
+    restart: bool = False, # throw an unfinished run away
+    progress: bool = False, # show a bar
+) -> Path: # what was written; `ValueError` for what does not fit, is quantized or has diverged
     "Write base + alpha * adapter, with one tensor at a time in memory."
-    out, single = Path(out), str(out).endswith(".safetensors")
-    if out.exists(): raise ValueError(f"{str(out)!r} exists; choose another name, or remove it.")
-    entries, shards = apply_lora(base, adapter, alpha, fan_in_fan_out), _shards(base, 2**63 if single else shard_bytes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if single: _write(out, shards[0], entries); return out
-    new = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        new.mkdir()
-        _write_folder(new, shards, entries, base.companions() if hasattr(base, "companions") else ())
-        os.replace(new, out)
-    finally: shutil.rmtree(new, ignore_errors=True)
+    base, out = open_checkpoint(base), Path(out)
+    fitted = fit_to_base(base, adapter, fan_in_fan_out)
+    tensors = _as_checkpoint(fitted)
+    plan = _plan(base, fitted, tensors, alpha, 2**62 if out.suffix == ".safetensors" else shard_bytes)
+    check_space(plan, out)
+    run_plan(plan, base, {"adapter": tensors}, out, progress=progress, restart=restart, overwrite=overwrite)
     return out

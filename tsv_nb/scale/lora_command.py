@@ -6,9 +6,10 @@
 __all__ = ['plan_table', 'lora_command', 'tsv_lora']
 
 # %% ../../nbs/scale/31f_lora_command.ipynb #67e95449
-import json
+import json as json_format
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,27 +17,51 @@ import torch
 from ..checks import check_option
 from ..console import run_command
 from ..merge import Treatment
+from ..polar import POLAR_METHODS
 from .checkpoints import open_checkpoint
+from .commands import _stopped
 from .lora import Adapter
 from .lora_base import save_applied
 from .lora_files import save_adapter
-from .lora_merge import lora_interference, lora_merge, lora_plan, named_adapters
+from .lora_merge import _check_saved, lora_interference, lora_merge, lora_plan, named_adapters
+from .tables import size_text
 
 # %% ../../nbs/scale/31f_lora_command.ipynb #96e83611
+def _ranks(adapters: Mapping[str, Adapter], name: str, t: Treatment) -> list[int]:
+    "Components of each task in one weight, at most; an empty list for what has no factors."
+    has = [a.layers.get(name) for a in adapters.values()]
+    return [0 if x is None or t.how == "zero" else min(x.rank, t.rank) if t.how == "merge" else x.rank for x in has] if any(has) else []
+
+
+def _said(ranks: Collection[int]) -> str:
+    "Ranks in words."
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    return f"rank {low}" + f" to {high}" * (high > low)
+
+
+def _size(adapters: Mapping[str, Adapter], ranks: Mapping[str, int], dtype: torch.dtype | None, heads: str) -> int:
+    "Bytes of the merged adapter: factors, biases and whole weights."
+    layers = {n: x for a in adapters.values() for n, x in a.layers.items()}
+    factors = sum(max(1, k) * sum(layers[n].matrix_shape) * (dtype or torch.promote_types(layers[n].left.dtype, torch.float32)).itemsize for n, k in ranks.items()) # rank 0 is stored as one of zeros
+    rest = {n: t for a in adapters.values() for n, t in (a.biases | {n: t for n, t in a.saved.items() if heads == "average" or n in a.layers}).items()}
+    return factors + sum(t.nbytes for t in rest.values())
+
+# %% ../../nbs/scale/31f_lora_command.ipynb #2a7bc3d4
 def _alike(adapters: Mapping[str, Adapter], plan: Mapping[str, Treatment]) -> Counter:
     "How many weights there are of each kind: (last part of the module's name, shape, how, ranks)."
     kinds = Counter()
     for name, t in plan.items():
-        has = [a.layers.get(name) for a in adapters.values()]
-        layer = next((x for x in has if x), None)
-        ranks = [0 if x is None else min(x.rank, t.rank) if t.how == "merge" else x.rank for x in has] if layer else []
-        kinds[name.split(".")[-2] if "." in name else name, tuple(layer.weight_shape) if layer else (), t.how, tuple(ranks)] += 1
+        layer = next((a.layers[name] for a in adapters.values() if name in a.layers), None)
+        kinds[name.split(".")[-2] if "." in name else name, tuple(layer.weight_shape) if layer else (), t.how, tuple(_ranks(adapters, name, t))] += 1
     return kinds
 
 
 def plan_table(
     adapters: Mapping[str, Adapter], # the tasks
     plan: Mapping[str, Treatment], # of `lora_plan`
+    dtype: torch.dtype | None = None, # in which the merged adapter is stored
+    heads: str = "average", # whole weights: "average", or "drop"
+    model_bytes: int | None = None, # of the base, if the merged adapter is added to it
 ) -> str: # at most 80 columns
     "A plan as text."
     lines = [f"{t[:30]:30s} {len(a.layers):5d} weights  rank {max((x.rank for x in a.layers.values()), default=0):4d}  {a.nbytes / 1e6:8.1f} MB" for t, a in adapters.items()]
@@ -49,16 +74,18 @@ def plan_table(
     notes = [f"{t}: no adapter on {n} of {len(plan)} weights; it counts as zero there." for t, n in without.items() if n]
     saved = sorted({n for a in adapters.values() for n in a.saved})
     if saved: notes.append(f"whole weights, averaged or dropped (--heads): {', '.join(saved[:3])}{' …' * (len(saved) > 3)}")
-    return "\n".join(lines + [""] * bool(notes) + notes)
+    ranks = {n: sum(each) for n, t in plan.items() if (each := _ranks(adapters, n, t))}
+    notes.append(f"result: a model of {size_text(model_bytes)}, with an adapter of {_said(ranks.values())} in it" if model_bytes else f"result: an adapter of {_said(ranks.values())}, {size_text(_size(adapters, ranks, dtype, heads))}")
+    return "\n".join([*lines, "", *notes])
 
 # %% ../../nbs/scale/31f_lora_command.ipynb #490fb8ae
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def _scores(adapters: Mapping[str, Adapter], rank: int | None, as_json: bool) -> str:
+def _scores(adapters: Mapping[str, Adapter], rank: int | None, json: bool) -> str:
     "The answer to --interference: the weights, worst first."
     scores = lora_interference(adapters, rank, any_base=True)
-    if as_json: return json.dumps(dict(norm="entrywise", sti=scores), indent=1)
+    if json: return json_format.dumps(dict(norm="entrywise", sti=scores), indent=1)
     lines = [f"{name[-60:]:60s} {score:12.4g}" for name, score in sorted(scores.items(), key=lambda o: -o[1])]
     return "\n".join([f"{'weight':60s} {'STI (entries)':>12s}", "-" * 73, *lines])
 
@@ -67,8 +94,9 @@ def _done(merged: Adapter, path: Path, tasks: Sequence[str]) -> str:
     "What is printed at the end."
     ranks = [x.rank for x in merged.layers.values()]
     energy = min((e for o in merged.report.values() for e in o["energy"].values()), default=1.)
+    kept = "all" if energy > 1 - 1e-6 else f"at least {math.floor(1000 * energy) / 10}%"
     small = [n for n, o in merged.report.items() if o["how"] == "average"]
-    lines = [f"{len(tasks)} adapters, {len(ranks)} weights, rank {min(ranks)} to {max(ranks)}; at least {energy:.1%} of the energy of every task is kept."]
+    lines = [f"{len(tasks)} adapters, {len(ranks)} weights, {_said(ranks)}; {kept} of the energy of every task is kept."]
     lines += [f"{t}: no adapter on {n} of {len(ranks)} weights; it counted as zero there." for t in tasks if (n := sum(t in o["without"] for o in merged.report.values()))]
     if small: lines.append(f"Averaged, because too small for {len(tasks)} tasks: {', '.join(small[:3])}{' …' * (len(small) > 3)}.")
     return "\n".join([*lines, f"Written to {path}"])
@@ -78,35 +106,36 @@ def lora_command(
     adapters: list[str], # adapter folders of PEFT, one per task
     out: str = "", # folder for the merged adapter; with --merged, a folder or .safetensors file for the model
     rank: int = None, # components per task and weight (default: all, or min(m, n) / tasks where that is less)
-    scale: float = 1., # scale of the merged adapter
-    base: str = None, # the base checkpoint: file or folder
+    alpha: float = 1., # scale of the merged adapter
+    orthogonalize: str = "auto", # auto, svd, eigh, newton_schulz, or none (the plain sum: Task Arithmetic)
+    base: str = None, # the base checkpoint: a file, a folder or an address
     merged: bool = False, # add the merged adapter to the base, and write the whole model
     heads: str = "average", # heads and other whole weights: average, or drop
     dtype: str = None, # of the adapter that is written: float32, float16 or bfloat16 (default: float32)
-    plain_sum: bool = False, # do not make the tasks orthogonal: Task Arithmetic
     any_base: bool = False, # merge although the adapters name different bases
     plan: bool = False, # say what would be done, and stop
     interference: bool = False, # print the interference of every weight, and stop
-    as_json: bool = False, # print JSON
-    overwrite: bool = False, # replace an adapter that is there
-    quiet: bool = False, # print nothing
+    restart: bool = False, # with --merged: throw an unfinished run away
+    overwrite: bool = False, # replace an output that exists
+    json: bool = False, # print JSON
+    quiet: bool = False, # print nothing, show no progress
 ) -> str: # what to print
     "Merge LoRA adapters into one with TSV-Merge. Example: tsv_lora law code chat --out all-three"
-    if dtype is not None: check_option("dtype", dtype, _DTYPES)
+    for name, value, known in (("dtype", dtype, (None, *_DTYPES)), ("orthogonalize method", orthogonalize, (*POLAR_METHODS, "none")), ("value for heads", heads, ("average", "drop"))): check_option(name, value, known)
     if merged and not base: raise ValueError("--merged needs the base: add --base CHECKPOINT.")
     if not (out or plan or interference): raise ValueError("nothing to do: add --out FOLDER, --plan or --interference.")
     tasks = named_adapters(adapters, any_base)
-    if interference: return _scores(tasks, rank, as_json)
-    todo = lora_plan(tasks, rank, "average", any_base)
-    if plan: return json.dumps({n: t._asdict() for n, t in todo.items()}, indent=1) if as_json else plan_table(tasks, todo)
-    start = open_checkpoint(base) if base else None
-    result = lora_merge(tasks, rank, None if plain_sum else "auto", [scale] * len(tasks), "average", heads, start, any_base)
-    path = save_applied(start, result, out) if merged else save_adapter(result, out, dtype and _DTYPES[dtype], overwrite)
-    return json.dumps(result.report, indent=1) if as_json else _done(result, path, list(tasks))
+    if interference: return _scores(tasks, rank, json)
+    if heads == "average": _check_saved(tasks)
+    todo, start, stored = lora_plan(tasks, rank, "average", any_base), open_checkpoint(base) if base else None, dtype and _DTYPES[dtype]
+    if plan: return json_format.dumps({n: t._asdict() for n, t in todo.items()}, indent=1) if json else plan_table(tasks, todo, stored, heads, start.total_bytes if merged else None)
+    result = lora_merge(tasks, rank, None if orthogonalize == "none" else orthogonalize, [alpha] * len(tasks), "average", heads, start, any_base)
+    path = save_applied(start, result, out, overwrite=overwrite, restart=restart, progress=not (quiet or json)) if merged else save_adapter(result, out, stored, overwrite)
+    return json_format.dumps(result.report, indent=1) if json else _done(result, path, list(tasks))
 
 # %% ../../nbs/scale/31f_lora_command.ipynb #c557c17c
 def tsv_lora(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
 ) -> None: # `SystemExit` with a message, or with 130 after Ctrl-C
     "The console command."
-    run_command(lora_command, "tsv_lora", argv, lambda options: "Nothing was written.")
+    run_command(lora_command, "tsv_lora", argv, lambda options: _stopped(options) if options["merged"] else "Nothing was written.")

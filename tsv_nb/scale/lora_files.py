@@ -62,6 +62,27 @@ def adapter_tensors(
     return tensors
 
 # %% ../../nbs/scale/31c_lora_files.ipynb #872d9f11
+_OURS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "tsv_report.json")
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    "Raise a `ValueError` if there is something that may not be replaced: anything but an adapter, and any other file."
+    if not folder.exists() and not folder.is_symlink(): return
+    if not overwrite: raise ValueError(f"{str(folder)!r} exists; choose another name, or overwrite it with --overwrite (overwrite=True).")
+    if not (folder / "adapter_config.json").is_file(): raise ValueError(f"{str(folder)!r} exists and is no adapter; choose another name.")
+    others = sorted(p.name for p in folder.iterdir() if p.name not in _OURS)
+    if others: raise ValueError(f"{str(folder)!r} is not replaced, because {others[0]!r}{f' and {len(others) - 1} more' * (len(others) > 1)} would be lost with it; move that away, or choose another name.")
+
+
+def _put(new: Path, folder: Path, old: Path) -> None:
+    "Give a new folder its name; what has the name goes to `old`, and comes back if the new one cannot be had."
+    if not folder.exists(): os.replace(new, folder); return
+    os.replace(folder, old)
+    try: os.replace(new, folder)
+    except BaseException: os.replace(old, folder); raise
+    shutil.rmtree(old, ignore_errors=True)
+
+# %% ../../nbs/scale/31c_lora_files.ipynb #6e7f8091
 def save_adapter(
     adapter: Adapter,
     folder: str | Path, # will hold adapter_config.json and adapter_model.safetensors
@@ -70,15 +91,13 @@ def save_adapter(
 ) -> Path: # the folder
     "Write an adapter that PEFT loads."
     folder = Path(folder)
-    if folder.exists() and not (overwrite and (folder / "adapter_config.json").is_file()): raise ValueError(f"{str(folder)!r} exists{' and is no adapter' * overwrite}; choose another name{', or overwrite it' * (not overwrite)}.")
+    _check_free(folder, overwrite)
     tensors, text = adapter_tensors(adapter, dtype), json.dumps(adapter_config(adapter), indent=2, sort_keys=True)
     new, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{end}") for end in ("tmp", "old"))
     try:
         save_atomic(tensors, new / "adapter_model.safetensors", {"format": "pt"})
         (new / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         if adapter.report: (new / "tsv_report.json").write_text(json.dumps(adapter.report, indent=1), encoding="utf-8")
-        if folder.exists(): os.replace(folder, old)
-        os.replace(new, folder)
-    finally:
-        for left in (new, old): shutil.rmtree(left, ignore_errors=True)
+        _put(new, folder, old)
+    finally: shutil.rmtree(new, ignore_errors=True)
     return folder

@@ -37,7 +37,7 @@ def named_adapters(
     found = {task: a if isinstance(a, Adapter) else read_adapter(a) for task, a in adapters.items()}
     bases = {task: a.config.get("base_model_name_or_path") for task, a in found.items()}
     if len(set(bases.values())) > 1 and not any_base:
-        raise ValueError(f"the adapters name different bases ({', '.join(f'{t!r}: {b!r}' for t, b in bases.items())}); differences to different models cannot be merged. If it is one model under several names, pass any_base=True.")
+        raise ValueError(f"the adapters name different bases ({', '.join(f'{t!r}: {b!r}' for t, b in bases.items())}); differences to different models cannot be merged. If it is one model under several names, pass any_base=True (--any-base).")
     _check_layers(found)
     return found
 
@@ -132,15 +132,24 @@ def _copies(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
                 raise ValueError(f"{other!r} and {task!r} come with different base weights {name!r}, {tuple(first.shape)} and {tuple(a.saved[name].shape)}; adapters of different bases cannot be merged.")
     return {name: t for name, (_, t) in found.items()}
 
+# %% ../../nbs/scale/31b_lora_merge.ipynb #4c5d6e7f
+def _check_saved(adapters: Mapping[str, Adapter]) -> None:
+    "Raise a `ValueError` if one task adapts a weight that another has saved whole: no adapter of PEFT is both."
+    for task, a in adapters.items():
+        for name in a.saved:
+            other = next((t for t, b in adapters.items() if name in b), None)
+            if other is not None and name not in a:
+                raise ValueError(f"module {name.rpartition('.')[0] or name!r} is adapted by LoRA in {other!r} and saved whole in {task!r} ({name!r}), and an adapter cannot hold both; leave one of the two tasks out, or pass heads='drop' (--heads drop), which drops what is saved whole.")
+
 
 def _mean(name: str, have: Mapping[str, tuple[Tensor, float]], n_tasks: int, start: Tensor | None) -> Tensor:
     "base + the mean over all tasks of w_t (saved - base), for one whole weight; `start` is the base's."
     first, shapes = next(iter(have.values()))[0], {task: tuple(t.shape) for task, (t, _) in have.items()}
-    if len(set(shapes.values())) > 1: raise ValueError(f"whole weight {name!r} has different shapes ({shapes}); pass heads='drop' and keep it with each task.")
+    if len(set(shapes.values())) > 1: raise ValueError(f"whole weight {name!r} has different shapes ({shapes}); pass heads='drop' (--heads drop) and keep it with each task.")
     if not first.is_floating_point(): return first
     rest = 1 - sum(w for _, w in have.values()) / n_tasks
     if abs(rest) < 1e-9: start = torch.zeros(())
-    if start is None: raise ValueError(f"whole weight {name!r} is saved by {len(have)} of {n_tasks} tasks (or weights do not sum to their number), so the mean needs the base's: pass base=…, or heads='drop'.")
+    if start is None: raise ValueError(f"whole weight {name!r} is saved by {len(have)} of {n_tasks} tasks (or weights do not sum to their number), so the mean needs the base's: pass base=… (--base), or heads='drop' (--heads drop).")
     return (sum(w * t.double() for t, w in have.values()) / n_tasks + rest * start.double()).to(first.dtype)
 
 
@@ -149,7 +158,7 @@ def _mean_saved(adapters: Mapping[str, Adapter], weights: Sequence[float], base:
     result, names = _copies(adapters), dict.fromkeys(n for a in adapters.values() for n in a.saved)
     for name in names if heads == "average" else ():
         have = {task: (a.saved[name], w) for (task, a), w in zip(adapters.items(), weights) if name in a.saved and name not in a.layers}
-        if have: result[name] = _mean(name, have, len(adapters), base[name] if base is not None and name in base else result.get(name))
+        if have: result[name] = _mean(name, have, len(adapters), base[name] if base is not None and name in base else None)
     return result
 
 # %% ../../nbs/scale/31b_lora_merge.ipynb #440ca4f4
@@ -184,6 +193,7 @@ def lora_merge(
     if orthogonalize is not None: check_option("orthogonalize method", orthogonalize, POLAR_METHODS)
     check_option("value for heads", heads, ("average", "drop"))
     adapters = named_adapters(adapters, any_base)
+    if heads == "average": _check_saved(adapters)
     plan, weights = lora_plan(adapters, rank, small, any_base), task_weights(weights, adapters)
     layers, report = {}, {}
     for name in _names(adapters):
