@@ -17,7 +17,7 @@ from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.parts import CannotWrite, content_digest, entry_of, part_path, read_part
 from tsv_nb.scale.plan import make_plan
 from tsv_nb.scale.stream import local_engine, run_plan, run_unit
-from tsv_nb.scale.summaries import pair_sums
+from tsv_nb.scale.summaries import interference_table, pair_sums
 from tsv_nb.scale.tensor_work import Job
 from tsv_nb.scale.work import WorkFolder
 
@@ -157,6 +157,18 @@ def test_interference_is_that_of_the_core(tmp_path, paths):
         assert timeless(json.loads((tmp_path / f"{len(options)}.json").read_text())) == json.loads(json.dumps(timeless(report)))
 
 
+def test_scores_carry_the_names_of_their_tasks(tmp_path):
+    "The first layer is read of b and c alone, and of d nothing at all."
+    g = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(16, 12, generator=g) for name in ("w1", "w2")} | {"k": torch.ones(3)}
+    def task(*names, scale=1.): return open_checkpoint({n: base[n] + scale * torch.randn(16, 12, generator=g) for n in names} | {"k": base["k"]})
+    start, tuned = open_checkpoint(base), dict(a=task("w2"), b=task("w1", "w2"), c=task("w1", "w2", scale=5.), d=task())
+    report = run_plan(make_plan("interference", start, tuned, missing="base", threads=1), start, tuned, tmp_path / "i.json", progress=False)
+    assert list(report["inputs"]) == ["base", *tuned] and "content" not in report["inputs"]["d"] and all(len(report["inputs"][s]["content"]) == 64 for s in ("base", "a", "b", "c"))
+    row = [line.split() for line in interference_table(report).splitlines() if line.split()[:1] == ["b"]]
+    assert float(row[0][3]) == pytest.approx(max(x for pairs in pair_sums(report) for x in pairs), rel=1e-3) # b and c
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_refused_by_name(tmp_path, bad):
     base, task = states(1)
@@ -202,6 +214,31 @@ def test_tensors_are_aligned_and_in_the_order_of_their_width(tmp_path):
     run_plan(make_plan("merge", start, tuned), start, tuned, tmp_path / "o.safetensors", progress=False)
     assert all(x.equal(state[n]) for n, x in load_output(tmp_path / "o.safetensors").items())
     assert list(open_checkpoint(tmp_path / "o.safetensors")) == ["d", "w", "h", "flag"]
+
+
+@pytest.mark.parametrize("command, name", [("merge", "out.json"), ("interference", "out.safetensors")])
+def test_the_ending_of_an_output_says_what_it_is(tmp_path, paths, command, name):
+    with pytest.raises(ValueError, match=f"{name}' cannot be the output .--out. of {command}: a name that ends in .safetensors is one file of tensors, in .json the scores"): merge(paths, tmp_path / name, command=command)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_types_in_the_configurations_of_towers(tmp_path):
+    state = {"w": torch.ones(3)}
+    config = dict(dtype="float32", text_config=dict(torch_dtype="float32", inner=dict(dtype=None)), quantization_config=dict(dtype="int4"), layers=[1])
+    start, tuned = open_checkpoint(save_folder(tmp_path / "base", state, 1, **config)), dict(a=open_checkpoint(state))
+    for dtype in ("bfloat16", None): run_plan(make_plan("merge", start, tuned, dtype=dtype), start, tuned, tmp_path / f"{dtype}", progress=False)
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text()) == config | dict(dtype="bfloat16", text_config=dict(torch_dtype="bfloat16", inner=dict(dtype="bfloat16")))
+    assert (tmp_path / "None" / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names there")
+def test_a_backslash_in_a_name_is_no_folder(tmp_path):
+    state = {"w": torch.ones(3)}
+    base = save_folder(tmp_path / "base", state, 1)
+    (base / "x\\config.json").write_text('{"evil": 1}')
+    start, tuned = open_checkpoint(base), dict(a=open_checkpoint(state))
+    run_plan(make_plan("merge", start, tuned), start, tuned, tmp_path / "out", progress=False)
+    for name in ("config.json", "x\\config.json"): assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
 # The same bytes, whatever happens

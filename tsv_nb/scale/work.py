@@ -16,16 +16,16 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from ..compress import _KIND
+from .byte_files import is_url, open_bytes
 from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder, writing
 from .planned import Plan
-from .safetensors_reader import open_bytes
 
 # %% ../../nbs/scale/30c3_work.ipynb #381061f6
 class WorkFolder:
     "The folder OUT.partial of a run: its parts, its finished files, and what becomes of them. Use it in a `with`."
     def __init__(self,
         plan: Plan, # of the run
-        out: str | Path, # the folder or .safetensors file that is to appear
+        out: str | Path, # what is to appear: a folder, a .safetensors file, or for "interference" a .json file
         restart: bool = False, # throw an unfinished run away
         overwrite: bool = False, # replace `out` if it exists
     ):
@@ -33,6 +33,7 @@ class WorkFolder:
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.single = self.out.suffix in (".safetensors", ".json")
         self.files = [] if not plan.shards else [self.out.name] if self.single else plan.shard_names() # one per shard
+        if self.out.suffix == (".safetensors" if plan.command == "interference" else ".json"): raise ValueError(f"{str(out)!r} cannot be the output (--out) of {plan.command}: a name that ends in .safetensors is one file of tensors, in .json the scores of an interference, any other a folder; choose another.")
         if self.single and len(plan.shards) > 1: raise ValueError(f"{str(out)!r} is one file and the plan has {len(plan.shards)}; name a folder, or plan with a larger shard_size.")
         shard = {name: i for i, names in enumerate(plan.shards) for name in names}
         self.units = [[] for _ in plan.shards or [()]] # of each shard; of none: all in one
@@ -212,12 +213,20 @@ def _assemble(self: WorkFolder, shard: int) -> None:
     for unit in units: self.part(unit).unlink(); self.part(unit).with_suffix(".seconds").unlink(missing_ok=True)
 
 # %% ../../nbs/scale/30c3_work.ipynb #899ead1d
+def _retyped(config: object, dtype: str) -> object:
+    "A configuration, and those within it, with another type of numbers."
+    if not isinstance(config, dict): return config
+    typed = {k: dtype for k, v in config.items() if k in ("torch_dtype", "dtype") and not isinstance(v, dict)}
+    return {k: v if k == "quantization_config" else typed.get(k) or _retyped(v, dtype) for k, v in config.items()} # how numbers were quantized is another matter
+
+
 def _with_dtype(text: bytes, dtype: str) -> bytes:
     "A model's config.json, saying another type of numbers."
     try: config = json.loads(text)
     except ValueError: return text
-    keys = {"torch_dtype", "dtype"} & set(config if isinstance(config, dict) else ())
-    return (json.dumps(config | dict.fromkeys(keys, dtype), indent=2, ensure_ascii=False) + "\n").encode() if keys else text
+    new = _retyped(config, dtype)
+    return text if new == config else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
+
 
 # %% ../../nbs/scale/30c3_work.ipynb #d81ac951
 @patch
@@ -229,12 +238,19 @@ def _index(self: WorkFolder, receipts: Sequence[Mapping]) -> None:
     save_json(self.folder / "out" / "model.safetensors.index.json", dict(metadata=dict(total_size=size) | said, weight_map=dict(sorted(where.items()))))
 
 
+def _file_name(source: str) -> str:
+    "What a copy is called. On Linux a backslash is a letter like any other; Windows could not keep a remote file with one."
+    name = source.rsplit("/", 1)[-1] if is_url(source) else os.path.basename(source)
+    if name != os.path.basename(name): raise ValueError(f"{source!r} has a name that this system cannot keep; rename it.")
+    return name
+
+
 @patch
 def _companions(self: WorkFolder, base: Mapping) -> None:
     "Copy what lies beside the base's weights: configuration, tokenizer, and the like."
     for source in base.companions():
         data = (file := open_bytes(source)).read(0, file.size)
-        name = source.replace("\\", "/").rsplit("/", 1)[-1]
+        name = _file_name(source)
         if name == "config.json" and self.plan.options.get("dtype"): data = _with_dtype(data, self.plan.options["dtype"])
         with WholeFile(self.folder / "out" / name) as file: file.write(data)
 
@@ -247,10 +263,11 @@ def finish(
 ) -> dict: # the report
     "Write what belongs to the shards, and make the output appear."
     receipts, ready, whole = [self.done[shard] for shard in range(len(self.units))], self.folder / "out", self.folder / "report.json"
+    read = input_digests(receipts) # in the order of reading; what is told by task, as the pairs of an interference, is in the plan's
     order = {t.name: i for i, t in enumerate(self.plan.tensors)}
     tensors = {name: entry for receipt in receipts for name, entry in receipt["report"].items()}
     report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["tsv_nb"], plan=self.plan.digest(), options=self.plan.options,
-                  inputs={source: self.plan.inputs[source] | dict(content=sha) for source, sha in input_digests(receipts).items()}, notes=list(self.plan.notes),
+                  inputs={source: facts | dict(content=read[source]) if source in read else facts for source, facts in self.plan.inputs.items()}, notes=list(self.plan.notes),
                   files={r["file"]: dict(bytes=r["size"], sha256=r["sha256"]) for r in receipts if r["file"]},
                   tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
     if len(self.files) > 1: self._index(receipts)
