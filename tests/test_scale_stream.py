@@ -19,7 +19,7 @@ from tsv_nb.scale.plan import make_plan
 from tsv_nb.scale.stream import local_engine, run_plan, run_unit
 from tsv_nb.scale.summaries import interference_table, pair_sums
 from tsv_nb.scale.tensor_work import Job
-from tsv_nb.scale.work import WorkFolder
+from tsv_nb.scale.work import WorkFolder, _sha256
 
 PAPER = ["text_projection"] # the rules of the method part
 
@@ -357,6 +357,28 @@ def test_a_damaged_part_is_computed_again(tmp_path, paths, done, damage):
     part.write_bytes(damage(part.read_bytes()))
     again(paths, tmp_path / "out")
     assert digests(tmp_path / "out") == done[1]
+
+
+@pytest.mark.parametrize("what", ["receipt", "no receipt", "bit", "shorter", "plan"])
+def test_a_finished_shard_that_is_damaged_between_two_sessions(tmp_path, paths, done, what):
+    out = tmp_path / "out"
+    def engine(job, units): yield from interrupted(len([u for u in units if job.plan.units[u][0] in job.plan.shards[0]]))(job, units)
+    with pytest.raises(Killed): again(paths, out, engine=engine)
+    (receipt,), (shard,) = ([*(tmp_path / "out.partial" / name).iterdir()] for name in ("done", "out"))
+    path = {"bit": shard, "shorter": shard, "plan": tmp_path / "out.partial" / "plan.json"}.get(what, receipt)
+    raw = path.read_bytes()
+    path.write_bytes({"no receipt": b"[]", "bit": raw[:-1] + bytes([raw[-1] ^ 64]), "shorter": raw[:-1]}.get(what, raw[:50]))
+    if what == "plan":
+        with pytest.raises(ValueError, match="holds an unfinished run of another kind: its plan.json is damaged. .* start over with --restart"): again(paths, out)
+    report = again(paths, out, restart=what == "plan")
+    assert digests(out) == done[1] and report["session"]["resumed"] == 0 and all(digests(out)[f] == facts["sha256"] for f, facts in report["files"].items())
+
+
+def test_a_finished_shard_is_read_once_in_a_session(tmp_path, paths):
+    with pytest.raises(Killed): again(paths, tmp_path / "out", engine=interrupted(9))
+    base, tasks = opened(paths)
+    with patch("tsv_nb.scale.work._sha256", side_effect=_sha256) as read, WorkFolder(fine(make_plan("merge", base, tasks, threads=1, shard_size=15_000)), tmp_path / "out") as work:
+        assert work.todo() == work.todo() and read.call_count == len(work.done) > 0
 
 
 def test_a_disk_that_damages_everything(tmp_path, paths):

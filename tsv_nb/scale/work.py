@@ -6,6 +6,7 @@
 __all__ = ['WorkFolder', 'input_digests']
 
 # %% ../../nbs/scale/30c3_work.ipynb #b03313ed
+import hashlib
 import json
 import os
 import shutil
@@ -52,6 +53,13 @@ class WorkFolder:
 _OURS = ("lock", "plan.json", "parts", "done", "out", "replaced", "report.json")
 
 
+def _said(path: Path) -> dict:
+    "What a file of JSON says: nothing if it is absent or damaged."
+    try: said = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError): said = {}
+    return said if isinstance(said, dict) else {}
+
+
 def _facts(plan: Plan) -> dict:
     "What two runs must have in common."
     return json.loads(json.dumps(dict(digest=plan.digest(), command=plan.command, options=plan.options, inputs=plan.inputs)))
@@ -59,6 +67,7 @@ def _facts(plan: Plan) -> dict:
 
 def _differences(was: Mapping, now: Mapping) -> str:
     "What two runs do not have in common, in words."
+    if not was: return "its plan.json is damaged"
     if was["command"] != now["command"]: return f"the command was {was['command']} and is now {now['command']}"
     found = [f"{o} was {was['options'].get(o)!r} and is now {now['options'].get(o)!r}" for o in {**was["options"], **now["options"]} if was["options"].get(o) != now["options"].get(o)]
     files = [f"the input {o!r} is another one, or its files have changed" for o in {**was["inputs"], **now["inputs"]} if was["inputs"].get(o) != now["inputs"].get(o)]
@@ -73,8 +82,8 @@ def _claim(self: WorkFolder) -> None:
     if strange: raise ValueError(f"{str(self.folder)!r} is where the unfinished run would be kept, but holds {strange[0]!r}; move that folder away, or choose another output.")
     if self.restart: self._clear()
     if known.exists():
-        was, now = json.loads(known.read_text(encoding="utf-8")), _facts(self.plan)
-        if was["digest"] != now["digest"]:
+        was, now = _said(known), _facts(self.plan)
+        if was.get("digest") != now["digest"]:
             raise ValueError(f"{str(self.folder)!r} holds an unfinished run of another kind: {_differences(was, now)}. Repeat the command of then, or start over with --restart (restart=True).")
     with writing(self.folder):
         for name in ("parts", "done", "out"): (self.folder / name).mkdir(exist_ok=True)
@@ -142,13 +151,20 @@ def todo(self: WorkFolder) -> list[int]: # units
     return [unit for shard, units in enumerate(self.units) if shard not in self.done for unit in units if unit not in self.have]
 
 # %% ../../nbs/scale/30c3_work.ipynb #a89c97a3
+def _sha256(path: Path) -> str:
+    "A digest of a file."
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(2**22): sha.update(data)
+    return sha.hexdigest()
+
+
 @patch
 def _finished(self: WorkFolder, shard: int) -> bool:
-    "Whether a shard has its receipt and its file."
-    if shard not in self.done and self.receipt(shard).exists():
-        receipt = json.loads(self.receipt(shard).read_text(encoding="utf-8"))
+    "Whether a shard has its receipt and its file; what an earlier session has left is read and compared once."
+    if shard not in self.done and (receipt := _said(self.receipt(shard))):
         file = self.folder / "out" / receipt["file"] if receipt["file"] else None
-        if file is None or file.exists() and file.stat().st_size == receipt["size"]: self.done[shard] = receipt
+        if file is None or file.exists() and file.stat().st_size == receipt["size"] and _sha256(file) == receipt["sha256"]: self.done[shard] = receipt
     return shard in self.done
 
 
@@ -161,6 +177,7 @@ def collect(
     self.have.add(unit)
     self._assemble(self.shard[unit])
 
+
 # %% ../../nbs/scale/30c3_work.ipynb #3e88fd23
 def _receipt(parts: Sequence[Part]) -> dict:
     "All that is to be remembered of a shard when its parts are gone."
@@ -168,8 +185,7 @@ def _receipt(parts: Sequence[Part]) -> dict:
     for part in parts:
         receipt["tensors"] |= part.entries
         receipt["dtypes"] |= part.facts["dtypes"]
-        seconds = part.path.with_suffix(".seconds")
-        spent = json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else {}
+        spent = _said(part.path.with_suffix(".seconds"))
         receipt["report"] |= {name: entry | dict(seconds=spent.get(name)) for name, entry in part.facts["report"].items()}
         for source, entries in part.facts["read"].items(): receipt["read"].setdefault(source, {}).update(entries)
     return receipt
