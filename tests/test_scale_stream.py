@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 from unittest.mock import patch
 
 import pytest
@@ -288,6 +289,33 @@ def test_killed_before_every_rename(tmp_path, paths, done):
         assert digests(out) == done[1] and not (tmp_path / f"{k}.partial").exists()
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("command, name", [("merge", "out"), ("merge", "out.safetensors"), ("interference", "out.report.json")])
+def test_killed_at_every_rename_of_a_replacement(tmp_path, paths, command, name, after):
+    "Between the old output and the new one there is nothing that the next run would take for either; a file and its report are of one run in the end."
+    def run(out, **options): return merge(paths, out, dict(overwrite=True), command=command, shard_size=2**40, rank=options.get("rank"))
+    new, real, k = tmp_path / name, os.replace, 0
+    run(new)
+    while True:
+        k, count, out = k + 1, 0, tmp_path / str(k) / name
+        out.parent.mkdir()
+        run(out, rank=2)
+        old = digests(out)
+        def replace(a, b):
+            nonlocal count
+            count += 1
+            if after: real(a, b)
+            if count == k: raise Killed
+            if not after: real(a, b)
+        with patch("os.replace", replace):
+            try: run(out)
+            except Killed: pass
+            else: break
+        run(out)
+        assert digests(out) == digests(new) != old and {p.name for p in out.parent.iterdir()} == {p.name for p in tmp_path.glob("out*")}
+    assert k > 6
+
+
 @pytest.mark.parametrize("call, n", [("fsync", 90), ("replace", 40)])
 def test_a_full_disk_at_every_write(tmp_path, paths, done, call, n):
     real, failures = getattr(os, call), 0
@@ -454,6 +482,42 @@ def test_an_output_that_appears_meanwhile_is_not_touched(tmp_path, paths):
         out.write_text("mine")
     with pytest.raises(ValueError, match="exists now"): again(paths, out, engine=engine)
     assert out.read_text() == "mine"
+
+
+def test_the_report_beside_a_file_replaces_nobodys(tmp_path, paths):
+    out, beside, asked = tmp_path / "m.safetensors", tmp_path / "m.report.json", []
+    def engine(job, units):
+        asked.append(units)
+        yield from local_engine(job, units)
+        out.write_text("mine")
+    beside.write_text("mine")
+    with pytest.raises(ValueError, match="m.report.json' exists; choose another output"): merge(paths, out, dict(engine=engine))
+    assert beside.read_text() == "mine" and not asked and not out.exists()
+    beside.unlink()
+    with pytest.raises(ValueError, match="m.safetensors' exists now; move it away and run the same command again"): merge(paths, out, dict(engine=engine))
+    assert not beside.exists() and out.read_text() == "mine" # no report without what it is about
+    out.unlink()
+    with patch("tsv_nb.scale.work.WorkFolder.cleaned", side_effect=Killed), pytest.raises(Killed): merge(paths, out)
+    beside.write_text("mine")
+    with pytest.raises(ValueError, match="m.report.json' exists now"): merge(paths, out)
+    beside.unlink()
+    merge(paths, out)
+    assert report_of(out)["files"]["m.safetensors"]["bytes"] == out.stat().st_size and {*tmp_path.iterdir()} == {out, beside}
+
+
+def test_links_are_replaced_and_not_followed(tmp_path, paths):
+    real, out = tmp_path / "real", tmp_path / "out"
+    merge(paths, real)
+    before = digests(real)
+    for _ in range(2):
+        out.symlink_to(real)
+        with pytest.raises(ValueError, match="out' exists"): merge(paths, out)
+        merge(paths, out, dict(overwrite=True), rank=2)
+        assert not out.is_symlink() and digests(real) == before != digests(out) and {*tmp_path.iterdir()} == {out, real}
+        os.rename(out, tmp_path / "kept")
+        shutil.rmtree(tmp_path / "kept")
+    out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="out' exists"): merge(paths, out)
 
 
 def test_folders_that_cannot_be_made_or_are_not_ours(tmp_path, paths):

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -33,6 +34,8 @@ class WorkFolder:
         self.plan, self.out, self.restart, self.overwrite = plan, Path(os.path.abspath(out)), restart, overwrite
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.single = self.out.suffix in (".safetensors", ".json")
+        self.ready = self.folder / "out" / (self.out.name if self.single else "") # what is to become the output
+        self.beside = self.out.with_suffix(".report.json") if self.out.suffix == ".safetensors" else None # a file of tensors has no room for the report
         self.files = [] if not plan.shards else [self.out.name] if self.single else plan.shard_names() # one per shard
         if self.out.suffix == (".safetensors" if plan.command == "interference" else ".json"): raise ValueError(f"{str(out)!r} cannot be the output (--out) of {plan.command}: a name that ends in .safetensors is one file of tensors, in .json the scores of an interference, any other a folder; choose another.")
         if self.single and len(plan.shards) > 1: raise ValueError(f"{str(out)!r} is one file and the plan has {len(plan.shards)}; name a folder, or plan with a larger shard_size.")
@@ -50,7 +53,7 @@ class WorkFolder:
         return self.folder / "done" / f"{shard:05d}.json"
 
 # %% ../../nbs/scale/30c3_work.ipynb #3ed06489
-_OURS = ("lock", "plan.json", "parts", "done", "out", "replaced", "report.json")
+_OURS = ("lock", "plan.json", "parts", "done", "out", "report.json")
 
 
 def _said(path: Path) -> dict:
@@ -77,10 +80,12 @@ def _differences(was: Mapping, now: Mapping) -> str:
 @patch
 def _claim(self: WorkFolder) -> None:
     "Make sure that the folder is of this run."
-    known = self.folder / "plan.json"
+    known, marker = self.folder / "plan.json", self.folder / "report.json"
+    if self._appeared: self._clear() # another run has finished here
     strange = [p.name for p in self.folder.iterdir() if p.name not in _OURS and not p.name.endswith(".tmp")]
     if strange: raise ValueError(f"{str(self.folder)!r} is where the unfinished run would be kept, but holds {strange[0]!r}; move that folder away, or choose another output.")
     if self.restart: self._clear()
+    if marker.exists(): marker.unlink() # a run was killed just before its output appeared; this one may have to do a part of it again
     if known.exists():
         was, now = _said(known), _facts(self.plan)
         if was.get("digest") != now["digest"]:
@@ -91,38 +96,65 @@ def _claim(self: WorkFolder) -> None:
 
 # %% ../../nbs/scale/30c3_work.ipynb #0ceea27b
 @patch
+def _free(self: WorkFolder, *paths: Path | None, late: bool = False) -> None:
+    "Raise if the name of an output is taken, at the beginning or, `late`, when all is computed."
+    for path in paths:
+        if path is None or not os.path.lexists(path) or self.overwrite: continue
+        raise ValueError(f"{str(path)!r} exists{' now; move it away and run the same command again' if late else '; choose another output'}, or replace it with --overwrite (overwrite=True).")
+
+
+@patch
 def __enter__(self: WorkFolder) -> WorkFolder:
     try: self.folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(f"{str(self.folder)!r} cannot be made ({e.strerror}); choose another output.") from e
-    self.lock = FileLock(self.folder / "lock", timeout=0)
+    self.lock, self.gone = FileLock(self.folder / "lock", timeout=0), False
     try: self.lock.acquire()
     except Timeout as e: raise OSError(f"another process is working on {str(self.out)!r}; wait for it, stop it, or choose another output.") from e
     try:
-        if self.out.exists() and not self.overwrite and not self.published:
-            raise ValueError(f"{str(self.out)!r} exists; choose another output, or replace it with --overwrite (overwrite=True).")
-        if not self.published: self._claim()
+        self._restore()
+        if not self.published:
+            self._free(self.out, self.beside)
+            self._claim()
     except BaseException: self.__exit__(); raise
     return self
 
 
 @patch
 def __exit__(self: WorkFolder, *_) -> None:
-    if self.folder.exists() and not [p for p in self.folder.iterdir() if p.name != "lock"]: self._clear(all=True) # nothing was begun
-    self.lock.release()
+    if not self.gone and self.folder.exists() and not [p for p in self.folder.iterdir() if p.name != "lock"]: self._clear(all=True) # nothing was begun
+    self.lock.release() # a folder that is gone may be there again: it is the next process's
+
 
 # %% ../../nbs/scale/30c3_work.ipynb #d7f4b773
 @patch(as_prop=True)
+def _appeared(self: WorkFolder) -> str | None:
+    "The digest of the run whose output has appeared, if it was killed before it had cleaned up."
+    marker = _said(self.folder / "report.json")
+    return marker.get("plan") if os.path.lexists(self.out) and not self.ready.exists() else None
+
+
+@patch(as_prop=True)
 def published(self: WorkFolder) -> bool:
     "Whether this very run has finished, and was killed before it had cleaned up."
-    if not ((self.folder / "report.json").exists() and self.out.exists()): return False
-    left = self.folder / "out" / ([*self.files, self.out.name][0] if self.single else "")
-    return not left.exists() and json.loads((self.folder / "report.json").read_text(encoding="utf-8"))["plan"] == self.plan.digest()
+    return self._appeared == self.plan.digest()
+
+
+@patch
+def _restore(self: WorkFolder) -> None:
+    "Give an output its name back, if a run was killed while it replaced it."
+    old = self.folder / "replaced"
+    if os.path.lexists(old) and not os.path.lexists(self.out) and (self.folder / "plan.json").exists(): os.rename(old, self.out)
+
 
 # %% ../../nbs/scale/30c3_work.ipynb #a88f9aac
 @patch
 def cleaned(self: WorkFolder) -> dict: # the report
-    "Do what the run that has finished could not: clean up."
-    report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+    "Do what is left when the output has appeared: a report that lies beside it follows, and the folder goes."
+    report = _said(self.folder / "report.json")
+    if self.beside and (left := self.ready.with_name(self.beside.name)).exists():
+        self._free(self.beside, late=True)
+        with writing(self.beside): os.replace(left, self.beside)
+    sync_folder(self.out.parent)
     self._clear(all=True)
     return report
 
@@ -133,8 +165,11 @@ def _clear(self: WorkFolder, all: bool = False) -> None:
     rest = ["parts", "done", "out", "replaced", "plan.json", *(p.name for p in self.folder.glob("*.tmp"))]
     for name in [*rest, "report.json", "lock"] if all else ["report.json", *rest]: # the report says that a run has finished: as long as it is cleaning up, and no longer
         path = self.folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if all and not any(self.folder.iterdir()): self.folder.rmdir()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    if not all: return
+    self.gone = True
+    with suppress(OSError): self.folder.rmdir() # not empty: the next process has come in
+
 
 # %% ../../nbs/scale/30c3_work.ipynb #40fe5d52
 @patch
@@ -278,7 +313,7 @@ def finish(
     session: Mapping, # facts on this session for the report: seconds, memory
 ) -> dict: # the report
     "Write what belongs to the shards, and make the output appear."
-    receipts, ready, whole = [self.done[shard] for shard in range(len(self.units))], self.folder / "out", self.folder / "report.json"
+    receipts, ready = [self.done[shard] for shard in range(len(self.units))], self.folder / "out"
     read = input_digests(receipts) # in the order of reading; what is told by task, as the pairs of an interference, is in the plan's
     order = {t.name: i for i, t in enumerate(self.plan.tensors)}
     tensors = {name: entry for receipt in receipts for name, entry in receipt["report"].items()}
@@ -288,22 +323,20 @@ def finish(
                   tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
     if len(self.files) > 1: self._index(receipts)
     if self.files and not self.single: self._companions(base)
-    save_json(whole, report)
-    if self.out.suffix == ".safetensors":
-        beside = self.out.with_suffix(".report.json")
-        os.replace(save_json(ready / beside.name, report), beside) # written in our own folder: a kill leaves nothing beside the output
-    else: save_json(ready / (self.out.name if self.single else "tsv_report.json"), report)
-    self._publish(ready / self.out.name if self.single else ready)
+    save_json(ready / (self.beside.name if self.beside else self.out.name if self.single else "tsv_report.json"), report)
+    self._publish(report)
     return report
+
 
 # %% ../../nbs/scale/30c3_work.ipynb #a0c8c81c
 @patch
-def _publish(self: WorkFolder, ready: Path) -> None:
+def _publish(self: WorkFolder, report: Mapping) -> None:
     "One rename, and the output is there."
-    sync_folder(ready if ready.is_dir() else ready.parent)
-    if self.out.exists() and not self.overwrite: raise ValueError(f"{str(self.out)!r} exists now; move it away and run the same command again, or replace it with --overwrite (overwrite=True).")
+    sync_folder(self.folder / "out")
+    self._free(self.out, self.beside, late=True)
+    save_json(self.folder / "report.json", report)
     with writing(self.out):
-        if self.out.is_dir() or self.out.exists() and ready.is_dir(): os.rename(self.out, self.folder / "replaced")
-        os.replace(ready, self.out)
-    sync_folder(self.out.parent)
-    self._clear(all=True)
+        if os.path.lexists(self.out) and (self.out.is_dir() or self.ready.is_dir()): os.rename(self.out, self.folder / "replaced")
+        os.replace(self.ready, self.out)
+    self.cleaned()
+
