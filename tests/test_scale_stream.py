@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 from unittest.mock import patch
 
 import pytest
@@ -465,14 +466,98 @@ def test_one_process_at_a_time(tmp_path, paths):
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_an_output_that_exists(tmp_path, paths, name):
     out = tmp_path / name
-    out.write_text("mine")
+    merge(paths, out)
+    before, seen = digests(out), {*tmp_path.iterdir()}
     with pytest.raises(ValueError, match=f"{name}' exists; choose another output"): merge(paths, out)
-    assert out.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == [name]
-    merge(paths, out, dict(overwrite=True))
-    assert load_output(out) and not (tmp_path / f"{name}.partial").exists()
-    before = digests(out)
+    assert digests(out) == before and {*tmp_path.iterdir()} == seen
     merge(paths, out, dict(overwrite=True), rank=2)
-    assert digests(out) != before
+    assert digests(out) != before and {*tmp_path.iterdir()} == seen
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors", "out.json"])
+@pytest.mark.parametrize("content", ["text", "tensors", "json", "folder", "link"])
+def test_what_no_run_has_made_is_not_replaced(tmp_path, paths, name, content):
+    out, mine, asked = tmp_path / name, tmp_path / "elsewhere", []
+    def engine(job, units): asked.append(units); yield from ()
+    command = "interference" if name == "out.json" else "merge"
+    if content == "folder": out.mkdir(); (out / "thesis.txt").touch()
+    elif content == "tensors": save_file({"w": torch.ones(3)}, out)
+    elif content == "link": out.symlink_to(mine)
+    else: out.write_text(dict(text="mine", json='{"plan": "mine"}')[content])
+    with pytest.raises(ValueError, match=f"{name}' is no output of tsv-nb, and --overwrite replaces nothing else; choose another output"): merge(paths, out, dict(overwrite=True, engine=engine), command=command)
+    assert not asked and [*tmp_path.iterdir()] == [out]
+
+
+def test_an_empty_folder_and_an_archive_of_the_core_may_be_replaced(tmp_path, paths):
+    (tmp_path / "out").mkdir()
+    merge(paths, tmp_path / "out", dict(overwrite=True))
+    compress({"w": torch.ones(3, 3)}).save(tmp_path / "a.safetensors")
+    merge(paths[:2], tmp_path / "a.safetensors", dict(overwrite=True), command="compress")
+    assert load_output(tmp_path / "out") and "h.1.norm" in CompressedTaskVector.load(tmp_path / "a.safetensors").dense
+
+
+def test_a_report_of_nobodys_is_not_replaced_with_its_file(tmp_path, paths):
+    out, beside = tmp_path / "m.safetensors", tmp_path / "m.report.json"
+    merge(paths, out)
+    beside.write_text("mine")
+    with pytest.raises(ValueError, match="m.report.json' is no output of tsv-nb"): merge(paths, out, dict(overwrite=True), rank=2)
+    assert beside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("where, name", [(".", "base"), ("task1", "task1"), ("link", "base"), ("task0.safetensors", "task0"), ("base/model-00001-of-00002.safetensors", "base"), ("real", "task2")])
+def test_inputs_are_not_replaced(tmp_path, where, name, begun):
+    "Neither by a run that begins nor by one that goes on; `models` is an output of ours, as far as its files say."
+    models = tmp_path / "models"
+    base, task0, *tasks = save_all(models, 3)
+    save_file({n: t + 1 for n, t in load_output(task0).items()} | {n: t for n, t in load_output(task0).items() if not t.is_floating_point()}, models / "task0.safetensors", {"tsv_nb": "1"})
+    shutil.rmtree(task0)
+    os.rename(models / "task2", tmp_path / "real")
+    (models / "task2").symlink_to(tmp_path / "real")
+    (tmp_path / "link").symlink_to(models)
+    for folder in (models, models / "task1"): (folder / "tsv_report.json").touch()
+    out, paths = {"link": tmp_path / "link", "real": tmp_path / "real"}.get(where, models / where), [base, str(models / "task0.safetensors"), *tasks]
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    run = lambda **options: merge(paths, out, dict(overwrite=True) | options, shard_size=2**40)
+    if begun:
+        with patch.object(WorkFolder, "_check_inputs"), patch("tsv_nb.scale.work._made_by_a_run", return_value=True), pytest.raises(Killed): run(engine=interrupted(0))
+    def engine(job, units): raise AssertionError("computed before it was refused")
+    for overwrite in (True, False):
+        with pytest.raises(ValueError, match=f"the input '{name}' .'.*'. would be deleted with '{out}'; choose another output"): run(engine=engine, overwrite=overwrite)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_an_output_inside_a_folder_of_inputs(tmp_path):
+    "`base/merged` and `base.safetensors` beside `base` delete nothing."
+    paths = save_all(tmp_path, 1)
+    for out in (tmp_path / "base" / "merged", tmp_path / "base.safetensors"):
+        for _ in range(2): merge(paths, out, dict(overwrite=True), shard_size=2**40)
+        assert load_output(out).keys() == load_output(paths[0]).keys()
+
+
+def test_an_input_in_the_folder_of_the_run(tmp_path, paths):
+    shutil.copytree(paths[1], tmp_path / "out.partial" / "out")
+    with pytest.raises(ValueError, match="the input 'task0' .* would be deleted with '.*out.partial'"): merge([paths[0], tmp_path / "out.partial" / "out"], tmp_path / "out", dict(restart=True))
+    assert load_output(tmp_path / "out.partial" / "out")
+
+
+def test_companions_are_looked_at_before_the_work_and_copied_piece_by_piece(tmp_path):
+    state, asked = {"w": torch.ones(3)}, []
+    base, size = save_folder(tmp_path / "base", state, 1), 9_000_001
+    (tmp_path / "tokenizer.model").touch()
+    (base / "tokenizer.model").symlink_to(tmp_path / "tokenizer.model")
+    (base / "corpus.txt").write_bytes(bytes(range(256)) * (size // 256) + b"end")
+    def run(): run_plan(plan, start, tuned, tmp_path / "out", lambda job, units: asked.append(units) or local_engine(job, units), progress=False)
+    start, tuned = open_checkpoint(base), dict(a=open_checkpoint(state))
+    plan = make_plan("merge", start, tuned, threads=1)
+    with pytest.raises(ValueError, match="tokenizer.model' is a symbolic link"): run()
+    assert not asked
+    (base / "tokenizer.model").unlink()
+    with patch("tsv_nb.scale.work._CHUNK", 2**16):
+        tracemalloc.start()
+        try: run(); assert tracemalloc.get_traced_memory()[1] < size / 3
+        finally: tracemalloc.stop()
+    assert (tmp_path / "out" / "corpus.txt").read_bytes() == (base / "corpus.txt").read_bytes()
 
 
 def test_an_output_that_appears_meanwhile_is_not_touched(tmp_path, paths):

@@ -21,6 +21,7 @@ from ..compress import _KIND
 from .byte_files import is_url, open_bytes
 from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder, writing
 from .planned import Plan
+from .safetensors_reader import SafetensorsReader
 
 # %% ../../nbs/scale/30c3_work.ipynb #381061f6
 class WorkFolder:
@@ -29,9 +30,10 @@ class WorkFolder:
         plan: Plan, # of the run
         out: str | Path, # what is to appear: a folder, a .safetensors file, or for "interference" a .json file
         restart: bool = False, # throw an unfinished run away
-        overwrite: bool = False, # replace `out` if it exists
+        overwrite: bool = False, # replace `out` if it exists and a run has made it
+        inputs: Mapping[str, Mapping] | None = None, # "base" and task names -> Checkpoint: they must not be where the output goes
     ):
-        self.plan, self.out, self.restart, self.overwrite = plan, Path(os.path.abspath(out)), restart, overwrite
+        self.plan, self.out, self.restart, self.overwrite, self.inputs = plan, Path(os.path.abspath(out)), restart, overwrite, inputs or {}
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.single = self.out.suffix in (".safetensors", ".json")
         self.ready = self.folder / "out" / (self.out.name if self.single else "") # what is to become the output
@@ -94,15 +96,53 @@ def _claim(self: WorkFolder) -> None:
         for name in ("parts", "done", "out"): (self.folder / name).mkdir(exist_ok=True)
     if not known.exists(): save_json(known, _facts(self.plan))
 
-# %% ../../nbs/scale/30c3_work.ipynb #0ceea27b
+# %% ../../nbs/scale/30c3_work.ipynb #9fbbe61a
+def _made_by_a_run(path: Path) -> bool:
+    "Whether what is there is an output, or an empty folder."
+    if path.is_dir(): return (path / "tsv_report.json").exists() or not any(path.iterdir())
+    if path.suffix == ".json": return {"command", "plan"} <= _said(path).keys()
+    try: said = SafetensorsReader(path).metadata
+    except (OSError, ValueError): return False
+    return "tsv_nb" in said or said.get("kind") == _KIND # archives of `CompressedTaskVector.save`, too
+
+
 @patch
 def _free(self: WorkFolder, *paths: Path | None, late: bool = False) -> None:
     "Raise if the name of an output is taken, at the beginning or, `late`, when all is computed."
+    way = "move it away and run the same command again" if late else "choose another output"
     for path in paths:
-        if path is None or not os.path.lexists(path) or self.overwrite: continue
-        raise ValueError(f"{str(path)!r} exists{' now; move it away and run the same command again' if late else '; choose another output'}, or replace it with --overwrite (overwrite=True).")
+        if path is None or not os.path.lexists(path): continue
+        if not self.overwrite: raise ValueError(f"{str(path)!r} exists{' now' * late}; {way}, or replace it with --overwrite (overwrite=True).")
+        if not _made_by_a_run(path): raise ValueError(f"{str(path)!r} is no output of tsv-nb, and --overwrite replaces nothing else; {way}.")
 
 
+# %% ../../nbs/scale/30c3_work.ipynb #28049b5e
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    "What the system calls a file or folder, links followed; None if there is none."
+    try: found = os.stat(path)
+    except OSError: return None
+    return found.st_dev, found.st_ino
+
+
+def _within(files: Iterable[str], place: Path) -> str | None:
+    "The first of the files that is the place, or lies in it, as it is called or as links lead to it."
+    known = _identity(place)
+    for file in files if known else ():
+        ways = {o for way in (os.path.abspath, os.path.realpath) for path in [Path(way(file))] for o in (path, *path.parents)}
+        if any(_identity(o) == known for o in ways): return file
+
+
+@patch
+def _check_inputs(self: WorkFolder) -> None:
+    "Raise if an input would be deleted, or if what lies beside the base cannot be copied in the end."
+    for place in (self.out, self.folder):
+        for name, checkpoint in self.inputs.items():
+            if file := _within((f for f in checkpoint.files if not is_url(f)), place): raise ValueError(f"the input {name!r} ({file!r}) would be deleted with {str(place)!r}; choose another output.")
+    if "base" in self.inputs and self.files and not self.single:
+        for source in _companions(self.inputs["base"]).values(): open_bytes(source)
+
+
+# %% ../../nbs/scale/30c3_work.ipynb #0ceea27b
 @patch
 def __enter__(self: WorkFolder) -> WorkFolder:
     try: self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +153,7 @@ def __enter__(self: WorkFolder) -> WorkFolder:
     try:
         self._restore()
         if not self.published:
+            self._check_inputs()
             self._free(self.out, self.beside)
             self._claim()
     except BaseException: self.__exit__(); raise
@@ -186,11 +227,14 @@ def todo(self: WorkFolder) -> list[int]: # units
     return [unit for shard, units in enumerate(self.units) if shard not in self.done for unit in units if unit not in self.have]
 
 # %% ../../nbs/scale/30c3_work.ipynb #a89c97a3
+_CHUNK = 2**22 # bytes of a file in memory at a time
+
+
 def _sha256(path: Path) -> str:
     "A digest of a file."
     sha = hashlib.sha256()
     with open(path, "rb") as file:
-        while data := file.read(2**22): sha.update(data)
+        while data := file.read(_CHUNK): sha.update(data)
     return sha.hexdigest()
 
 
@@ -296,14 +340,18 @@ def _file_name(source: str) -> str:
     return name
 
 
-@patch
-def _companions(self: WorkFolder, base: Mapping) -> None:
-    "Copy what lies beside the base's weights: configuration, tokenizer, and the like."
-    for source in base.companions():
-        data = (file := open_bytes(source)).read(0, file.size)
-        name = _file_name(source)
-        if name == "config.json" and self.plan.options.get("dtype"): data = _with_dtype(data, self.plan.options["dtype"])
-        with WholeFile(self.folder / "out" / name) as file: file.write(data)
+def _companions(base: Mapping) -> dict[str, str]: # name -> path or address
+    "What lies beside the base's weights and is copied: configuration, tokenizer, and the like."
+    return {_file_name(source): source for source in base.companions()}
+
+
+def _copy(source: str, path: Path, dtype: str | None) -> None:
+    "Copy a companion; `config.json` says another type of numbers, if there is one."
+    file = open_bytes(source)
+    with WholeFile(path) as copy:
+        if path.name == "config.json" and dtype: copy.write(_with_dtype(file.read(0, file.size), dtype)); return
+        for start in range(0, file.size, _CHUNK): copy.write(file.read(start, min(_CHUNK, file.size - start)))
+
 
 # %% ../../nbs/scale/30c3_work.ipynb #16358f33
 @patch
@@ -322,7 +370,8 @@ def finish(
                   files={r["file"]: dict(bytes=r["size"], sha256=r["sha256"]) for r in receipts if r["file"]},
                   tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
     if len(self.files) > 1: self._index(receipts)
-    if self.files and not self.single: self._companions(base)
+    if self.files and not self.single:
+        for name, source in _companions(base).items(): _copy(source, ready / name, self.plan.options.get("dtype"))
     save_json(ready / (self.beside.name if self.beside else self.out.name if self.single else "tsv_report.json"), report)
     self._publish(report)
     return report
