@@ -115,7 +115,6 @@ def _free(self: WorkFolder, *paths: Path | None, late: bool = False) -> None:
         if not self.overwrite: raise ValueError(f"{str(path)!r} exists{' now' * late}; {way}, or replace it with --overwrite (overwrite=True).")
         if not _made_by_a_run(path): raise ValueError(f"{str(path)!r} is no output of tsv-nb, and --overwrite replaces nothing else; {way}.")
 
-
 # %% ../../nbs/scale/30c3_work.ipynb #28049b5e
 def _identity(path: str | Path) -> tuple[int, int] | None:
     "What the system calls a file or folder, links followed; None if there is none."
@@ -141,7 +140,6 @@ def _check_inputs(self: WorkFolder) -> None:
     if "base" in self.inputs and self.files and not self.single:
         for source in _companions(self.inputs["base"]).values(): open_bytes(source)
 
-
 # %% ../../nbs/scale/30c3_work.ipynb #0ceea27b
 @patch
 def __enter__(self: WorkFolder) -> WorkFolder:
@@ -165,7 +163,6 @@ def __exit__(self: WorkFolder, *_) -> None:
     if not self.gone and self.folder.exists() and not [p for p in self.folder.iterdir() if p.name != "lock"]: self._clear(all=True) # nothing was begun
     self.lock.release() # a folder that is gone may be there again: it is the next process's
 
-
 # %% ../../nbs/scale/30c3_work.ipynb #d7f4b773
 @patch(as_prop=True)
 def _appeared(self: WorkFolder) -> str | None:
@@ -185,7 +182,6 @@ def _restore(self: WorkFolder) -> None:
     "Give an output its name back, if a run was killed while it replaced it."
     old = self.folder / "replaced"
     if os.path.lexists(old) and not os.path.lexists(self.out) and (self.folder / "plan.json").exists(): os.rename(old, self.out)
-
 
 # %% ../../nbs/scale/30c3_work.ipynb #a88f9aac
 @patch
@@ -210,7 +206,6 @@ def _clear(self: WorkFolder, all: bool = False) -> None:
     if not all: return
     self.gone = True
     with suppress(OSError): self.folder.rmdir() # not empty: the next process has come in
-
 
 # %% ../../nbs/scale/30c3_work.ipynb #40fe5d52
 @patch
@@ -255,7 +250,6 @@ def collect(
     "Take note of a part; the last one of a shard has the shard put together."
     self.have.add(unit)
     self._assemble(self.shard[unit])
-
 
 # %% ../../nbs/scale/30c3_work.ipynb #3e88fd23
 def _receipt(parts: Sequence[Part]) -> dict:
@@ -322,7 +316,6 @@ def _with_dtype(text: bytes, dtype: str) -> bytes:
     new = _retyped(config, dtype)
     return text if new == config else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
 
-
 # %% ../../nbs/scale/30c3_work.ipynb #d81ac951
 @patch
 def _index(self: WorkFolder, receipts: Sequence[Mapping]) -> None:
@@ -352,7 +345,6 @@ def _copy(source: str, path: Path, dtype: str | None) -> None:
         if path.name == "config.json" and dtype: copy.write(_with_dtype(file.read(0, file.size), dtype)); return
         for start in range(0, file.size, _CHUNK): copy.write(file.read(start, min(_CHUNK, file.size - start)))
 
-
 # %% ../../nbs/scale/30c3_work.ipynb #16358f33
 @patch
 def finish(
@@ -376,7 +368,6 @@ def finish(
     self._publish(report)
     return report
 
-
 # %% ../../nbs/scale/30c3_work.ipynb #a0c8c81c
 @patch
 def _publish(self: WorkFolder, report: Mapping) -> None:
@@ -388,4 +379,3 @@ def _publish(self: WorkFolder, report: Mapping) -> None:
         if os.path.lexists(self.out) and (self.out.is_dir() or self.ready.is_dir()): os.rename(self.out, self.folder / "replaced")
         os.replace(self.ready, self.out)
     self.cleaned()
-
