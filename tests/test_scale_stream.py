@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pickle
+import shutil
+import tracemalloc
 from unittest.mock import patch
 
 import pytest
@@ -17,9 +19,9 @@ from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.parts import CannotWrite, content_digest, entry_of, part_path, read_part
 from tsv_nb.scale.plan import make_plan
 from tsv_nb.scale.stream import local_engine, run_plan, run_unit
-from tsv_nb.scale.summaries import pair_sums
+from tsv_nb.scale.summaries import interference_table, pair_sums
 from tsv_nb.scale.tensor_work import Job
-from tsv_nb.scale.work import WorkFolder
+from tsv_nb.scale.work import WorkFolder, _sha256
 
 PAPER = ["text_projection"] # the rules of the method part
 
@@ -157,6 +159,18 @@ def test_interference_is_that_of_the_core(tmp_path, paths):
         assert timeless(json.loads((tmp_path / f"{len(options)}.json").read_text())) == json.loads(json.dumps(timeless(report)))
 
 
+def test_scores_carry_the_names_of_their_tasks(tmp_path):
+    "The first layer is read of b and c alone, and of d nothing at all."
+    g = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(16, 12, generator=g) for name in ("w1", "w2")} | {"k": torch.ones(3)}
+    def task(*names, scale=1.): return open_checkpoint({n: base[n] + scale * torch.randn(16, 12, generator=g) for n in names} | {"k": base["k"]})
+    start, tuned = open_checkpoint(base), dict(a=task("w2"), b=task("w1", "w2"), c=task("w1", "w2", scale=5.), d=task())
+    report = run_plan(make_plan("interference", start, tuned, missing="base", threads=1), start, tuned, tmp_path / "i.json", progress=False)
+    assert list(report["inputs"]) == ["base", *tuned] and "content" not in report["inputs"]["d"] and all(len(report["inputs"][s]["content"]) == 64 for s in ("base", "a", "b", "c"))
+    row = [line.split() for line in interference_table(report).splitlines() if line.split()[:1] == ["b"]]
+    assert float(row[0][3]) == pytest.approx(max(x for pairs in pair_sums(report) for x in pairs), rel=1e-3) # b and c
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_refused_by_name(tmp_path, bad):
     base, task = states(1)
@@ -204,6 +218,31 @@ def test_tensors_are_aligned_and_in_the_order_of_their_width(tmp_path):
     assert list(open_checkpoint(tmp_path / "o.safetensors")) == ["d", "w", "h", "flag"]
 
 
+@pytest.mark.parametrize("command, name", [("merge", "out.json"), ("interference", "out.safetensors")])
+def test_the_ending_of_an_output_says_what_it_is(tmp_path, paths, command, name):
+    with pytest.raises(ValueError, match=f"{name}' cannot be the output .--out. of {command}: a name that ends in .safetensors is one file of tensors, in .json the scores"): merge(paths, tmp_path / name, command=command)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_types_in_the_configurations_of_towers(tmp_path):
+    state = {"w": torch.ones(3)}
+    config = dict(dtype="float32", text_config=dict(torch_dtype="float32", inner=dict(dtype=None)), quantization_config=dict(dtype="int4"), layers=[1])
+    start, tuned = open_checkpoint(save_folder(tmp_path / "base", state, 1, **config)), dict(a=open_checkpoint(state))
+    for dtype in ("bfloat16", None): run_plan(make_plan("merge", start, tuned, dtype=dtype), start, tuned, tmp_path / f"{dtype}", progress=False)
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text()) == config | dict(dtype="bfloat16", text_config=dict(torch_dtype="bfloat16", inner=dict(dtype="bfloat16")))
+    assert (tmp_path / "None" / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names there")
+def test_a_backslash_in_a_name_is_no_folder(tmp_path):
+    state = {"w": torch.ones(3)}
+    base = save_folder(tmp_path / "base", state, 1)
+    (base / "x\\config.json").write_text('{"evil": 1}')
+    start, tuned = open_checkpoint(base), dict(a=open_checkpoint(state))
+    run_plan(make_plan("merge", start, tuned), start, tuned, tmp_path / "out", progress=False)
+    for name in ("config.json", "x\\config.json"): assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
 # The same bytes, whatever happens
 
 def test_a_unit_gives_the_same_bytes_in_every_process(tmp_path, paths):
@@ -249,6 +288,33 @@ def test_killed_before_every_rename(tmp_path, paths, done):
         assert not out.exists() and (tmp_path / f"{k}.partial").exists()
         again(paths, out)
         assert digests(out) == done[1] and not (tmp_path / f"{k}.partial").exists()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("command, name", [("merge", "out"), ("merge", "out.safetensors"), ("interference", "out.report.json")])
+def test_killed_at_every_rename_of_a_replacement(tmp_path, paths, command, name, after):
+    "Between the old output and the new one there is nothing that the next run would take for either; a file and its report are of one run in the end."
+    def run(out, **options): return merge(paths, out, dict(overwrite=True), command=command, shard_size=2**40, rank=options.get("rank"))
+    new, real, k = tmp_path / name, os.replace, 0
+    run(new)
+    while True:
+        k, count, out = k + 1, 0, tmp_path / str(k) / name
+        out.parent.mkdir()
+        run(out, rank=2)
+        old = digests(out)
+        def replace(a, b):
+            nonlocal count
+            count += 1
+            if after: real(a, b)
+            if count == k: raise Killed
+            if not after: real(a, b)
+        with patch("os.replace", replace):
+            try: run(out)
+            except Killed: pass
+            else: break
+        run(out)
+        assert digests(out) == digests(new) != old and {p.name for p in out.parent.iterdir()} == {p.name for p in tmp_path.glob("out*")}
+    assert k > 6
 
 
 @pytest.mark.parametrize("call, n", [("fsync", 90), ("replace", 40)])
@@ -322,6 +388,28 @@ def test_a_damaged_part_is_computed_again(tmp_path, paths, done, damage):
     assert digests(tmp_path / "out") == done[1]
 
 
+@pytest.mark.parametrize("what", ["receipt", "no receipt", "bit", "shorter", "plan"])
+def test_a_finished_shard_that_is_damaged_between_two_sessions(tmp_path, paths, done, what):
+    out = tmp_path / "out"
+    def engine(job, units): yield from interrupted(len([u for u in units if job.plan.units[u][0] in job.plan.shards[0]]))(job, units)
+    with pytest.raises(Killed): again(paths, out, engine=engine)
+    (receipt,), (shard,) = ([*(tmp_path / "out.partial" / name).iterdir()] for name in ("done", "out"))
+    path = {"bit": shard, "shorter": shard, "plan": tmp_path / "out.partial" / "plan.json"}.get(what, receipt)
+    raw = path.read_bytes()
+    path.write_bytes({"no receipt": b"[]", "bit": raw[:-1] + bytes([raw[-1] ^ 64]), "shorter": raw[:-1]}.get(what, raw[:50]))
+    if what == "plan":
+        with pytest.raises(ValueError, match="holds an unfinished run of another kind: its plan.json is damaged. .* start over with --restart"): again(paths, out)
+    report = again(paths, out, restart=what == "plan")
+    assert digests(out) == done[1] and report["session"]["resumed"] == 0 and all(digests(out)[f] == facts["sha256"] for f, facts in report["files"].items())
+
+
+def test_a_finished_shard_is_read_once_in_a_session(tmp_path, paths):
+    with pytest.raises(Killed): again(paths, tmp_path / "out", engine=interrupted(9))
+    base, tasks = opened(paths)
+    with patch("tsv_nb.scale.work._sha256", side_effect=_sha256) as read, WorkFolder(fine(make_plan("merge", base, tasks, threads=1, shard_size=15_000)), tmp_path / "out") as work:
+        assert work.todo() == work.todo() and read.call_count == len(work.done) > 0
+
+
 def test_a_disk_that_damages_everything(tmp_path, paths):
     def engine(job, units):
         for u in local_engine(job, units):
@@ -378,14 +466,98 @@ def test_one_process_at_a_time(tmp_path, paths):
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_an_output_that_exists(tmp_path, paths, name):
     out = tmp_path / name
-    out.write_text("mine")
+    merge(paths, out)
+    before, seen = digests(out), {*tmp_path.iterdir()}
     with pytest.raises(ValueError, match=f"{name}' exists; choose another output"): merge(paths, out)
-    assert out.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == [name]
-    merge(paths, out, dict(overwrite=True))
-    assert load_output(out) and not (tmp_path / f"{name}.partial").exists()
-    before = digests(out)
+    assert digests(out) == before and {*tmp_path.iterdir()} == seen
     merge(paths, out, dict(overwrite=True), rank=2)
-    assert digests(out) != before
+    assert digests(out) != before and {*tmp_path.iterdir()} == seen
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors", "out.json"])
+@pytest.mark.parametrize("content", ["text", "tensors", "json", "folder", "link"])
+def test_what_no_run_has_made_is_not_replaced(tmp_path, paths, name, content):
+    out, mine, asked = tmp_path / name, tmp_path / "elsewhere", []
+    def engine(job, units): asked.append(units); yield from ()
+    command = "interference" if name == "out.json" else "merge"
+    if content == "folder": out.mkdir(); (out / "thesis.txt").touch()
+    elif content == "tensors": save_file({"w": torch.ones(3)}, out)
+    elif content == "link": out.symlink_to(mine)
+    else: out.write_text(dict(text="mine", json='{"plan": "mine"}')[content])
+    with pytest.raises(ValueError, match=f"{name}' is no output of tsv-nb, and --overwrite replaces nothing else; choose another output"): merge(paths, out, dict(overwrite=True, engine=engine), command=command)
+    assert not asked and [*tmp_path.iterdir()] == [out]
+
+
+def test_an_empty_folder_and_an_archive_of_the_core_may_be_replaced(tmp_path, paths):
+    (tmp_path / "out").mkdir()
+    merge(paths, tmp_path / "out", dict(overwrite=True))
+    compress({"w": torch.ones(3, 3)}).save(tmp_path / "a.safetensors")
+    merge(paths[:2], tmp_path / "a.safetensors", dict(overwrite=True), command="compress")
+    assert load_output(tmp_path / "out") and "h.1.norm" in CompressedTaskVector.load(tmp_path / "a.safetensors").dense
+
+
+def test_a_report_of_nobodys_is_not_replaced_with_its_file(tmp_path, paths):
+    out, beside = tmp_path / "m.safetensors", tmp_path / "m.report.json"
+    merge(paths, out)
+    beside.write_text("mine")
+    with pytest.raises(ValueError, match="m.report.json' is no output of tsv-nb"): merge(paths, out, dict(overwrite=True), rank=2)
+    assert beside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("where, name", [(".", "base"), ("task1", "task1"), ("link", "base"), ("task0.safetensors", "task0"), ("base/model-00001-of-00002.safetensors", "base"), ("real", "task2")])
+def test_inputs_are_not_replaced(tmp_path, where, name, begun):
+    "Neither by a run that begins nor by one that goes on; `models` is an output of ours, as far as its files say."
+    models = tmp_path / "models"
+    base, task0, *tasks = save_all(models, 3)
+    save_file({n: t + 1 for n, t in load_output(task0).items()} | {n: t for n, t in load_output(task0).items() if not t.is_floating_point()}, models / "task0.safetensors", {"tsv_nb": "1"})
+    shutil.rmtree(task0)
+    os.rename(models / "task2", tmp_path / "real")
+    (models / "task2").symlink_to(tmp_path / "real")
+    (tmp_path / "link").symlink_to(models)
+    for folder in (models, models / "task1"): (folder / "tsv_report.json").touch()
+    out, paths = {"link": tmp_path / "link", "real": tmp_path / "real"}.get(where, models / where), [base, str(models / "task0.safetensors"), *tasks]
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    run = lambda **options: merge(paths, out, dict(overwrite=True) | options, shard_size=2**40)
+    if begun:
+        with patch.object(WorkFolder, "_check_inputs"), patch("tsv_nb.scale.work._made_by_a_run", return_value=True), pytest.raises(Killed): run(engine=interrupted(0))
+    def engine(job, units): raise AssertionError("computed before it was refused")
+    for overwrite in (True, False):
+        with pytest.raises(ValueError, match=f"the input '{name}' .'.*'. would be deleted with '{out}'; choose another output"): run(engine=engine, overwrite=overwrite)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_an_output_inside_a_folder_of_inputs(tmp_path):
+    "`base/merged` and `base.safetensors` beside `base` delete nothing."
+    paths = save_all(tmp_path, 1)
+    for out in (tmp_path / "base" / "merged", tmp_path / "base.safetensors"):
+        for _ in range(2): merge(paths, out, dict(overwrite=True), shard_size=2**40)
+        assert load_output(out).keys() == load_output(paths[0]).keys()
+
+
+def test_an_input_in_the_folder_of_the_run(tmp_path, paths):
+    shutil.copytree(paths[1], tmp_path / "out.partial" / "out")
+    with pytest.raises(ValueError, match="the input 'task0' .* would be deleted with '.*out.partial'"): merge([paths[0], tmp_path / "out.partial" / "out"], tmp_path / "out", dict(restart=True))
+    assert load_output(tmp_path / "out.partial" / "out")
+
+
+def test_companions_are_looked_at_before_the_work_and_copied_piece_by_piece(tmp_path):
+    state, asked = {"w": torch.ones(3)}, []
+    base, size = save_folder(tmp_path / "base", state, 1), 9_000_001
+    (tmp_path / "tokenizer.model").touch()
+    (base / "tokenizer.model").symlink_to(tmp_path / "tokenizer.model")
+    (base / "corpus.txt").write_bytes(bytes(range(256)) * (size // 256) + b"end")
+    def run(): run_plan(plan, start, tuned, tmp_path / "out", lambda job, units: asked.append(units) or local_engine(job, units), progress=False)
+    start, tuned = open_checkpoint(base), dict(a=open_checkpoint(state))
+    plan = make_plan("merge", start, tuned, threads=1)
+    with pytest.raises(ValueError, match="tokenizer.model' is a symbolic link"): run()
+    assert not asked
+    (base / "tokenizer.model").unlink()
+    with patch("tsv_nb.scale.work._CHUNK", 2**16):
+        tracemalloc.start()
+        try: run(); assert tracemalloc.get_traced_memory()[1] < size / 3
+        finally: tracemalloc.stop()
+    assert (tmp_path / "out" / "corpus.txt").read_bytes() == (base / "corpus.txt").read_bytes()
 
 
 def test_an_output_that_appears_meanwhile_is_not_touched(tmp_path, paths):
@@ -395,6 +567,42 @@ def test_an_output_that_appears_meanwhile_is_not_touched(tmp_path, paths):
         out.write_text("mine")
     with pytest.raises(ValueError, match="exists now"): again(paths, out, engine=engine)
     assert out.read_text() == "mine"
+
+
+def test_the_report_beside_a_file_replaces_nobodys(tmp_path, paths):
+    out, beside, asked = tmp_path / "m.safetensors", tmp_path / "m.report.json", []
+    def engine(job, units):
+        asked.append(units)
+        yield from local_engine(job, units)
+        out.write_text("mine")
+    beside.write_text("mine")
+    with pytest.raises(ValueError, match="m.report.json' exists; choose another output"): merge(paths, out, dict(engine=engine))
+    assert beside.read_text() == "mine" and not asked and not out.exists()
+    beside.unlink()
+    with pytest.raises(ValueError, match="m.safetensors' exists now; move it away and run the same command again"): merge(paths, out, dict(engine=engine))
+    assert not beside.exists() and out.read_text() == "mine" # no report without what it is about
+    out.unlink()
+    with patch("tsv_nb.scale.work.WorkFolder.cleaned", side_effect=Killed), pytest.raises(Killed): merge(paths, out)
+    beside.write_text("mine")
+    with pytest.raises(ValueError, match="m.report.json' exists now"): merge(paths, out)
+    beside.unlink()
+    merge(paths, out)
+    assert report_of(out)["files"]["m.safetensors"]["bytes"] == out.stat().st_size and {*tmp_path.iterdir()} == {out, beside}
+
+
+def test_links_are_replaced_and_not_followed(tmp_path, paths):
+    real, out = tmp_path / "real", tmp_path / "out"
+    merge(paths, real)
+    before = digests(real)
+    for _ in range(2):
+        out.symlink_to(real)
+        with pytest.raises(ValueError, match="out' exists"): merge(paths, out)
+        merge(paths, out, dict(overwrite=True), rank=2)
+        assert not out.is_symlink() and digests(real) == before != digests(out) and {*tmp_path.iterdir()} == {out, real}
+        os.rename(out, tmp_path / "kept")
+        shutil.rmtree(tmp_path / "kept")
+    out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="out' exists"): merge(paths, out)
 
 
 def test_folders_that_cannot_be_made_or_are_not_ours(tmp_path, paths):

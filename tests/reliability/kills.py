@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import threading
@@ -327,10 +328,11 @@ class FileWork(MergeWork):
 
 class ReplaceWork(FileWork):
     "A merge into a file that exists: it is the old one or the new one at every moment."
-    name, options, old = "replace", dict(overwrite=True), b"the old file"
+    name, options, old = "replace", dict(overwrite=True), struct.pack("<Q", 33) + b'{"__metadata__":{"tsv_nb":"old"}}' # one of ours
     def run(self, folder):
         folder.mkdir(exist_ok=True)
         if not (folder / "begun").exists():
+            (folder / self.out).unlink(missing_ok=True) # of a run that was killed here
             _note(folder / self.out, self.old.decode())
             _note(folder / "begun", "")
         super().run(folder)

@@ -92,21 +92,82 @@ def test_killed_while_cleaning_up(work, tmp_path, last, monkeypatch):
     assert files_digest(out) == work.expected and not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("steps", range(1, 4))
-def test_killed_while_starting_over(work, tmp_path, steps, monkeypatch):
-    "An old output is not taken for the new one, however much of the unfinished run had been deleted by then."
-    out, real, removed = tmp_path / "out", shutil.rmtree, []
-    out.write_text("old")
+@pytest.fixture
+def half_replaced(work, tmp_path, monkeypatch):
+    "An output of another run, moved away by one that was killed before the new one got its name; and its digest."
+    out, real = tmp_path / "out", os.replace
+    run_plan(*work.plan(rank=2), out, progress=False)
+    old = files_digest(out)
+    def replace(a, b):
+        if Path(b) == out: raise Killed
+        real(a, b)
     with monkeypatch.context() as m:
-        m.setattr(WorkFolder, "_publish", lambda *_: (_ for _ in ()).throw(Killed))
-        run_until(work, out, overwrite=True) # all is ready
+        m.setattr(os, "replace", replace)
+        run_until(work, out, overwrite=True)
+    assert not out.exists() and files_digest(tmp_path / "out.partial" / "replaced") == old != work.expected
+    return out, old
+
+
+@pytest.mark.parametrize("steps", range(1, 4))
+def test_killed_while_starting_over(work, half_replaced, steps, monkeypatch):
+    "An old output is not taken for the new one, however much of the unfinished run had been deleted by then."
+    (out, old), real, removed = half_replaced, shutil.rmtree, []
     def rmtree(path, **options):
         real(path, **options)
         removed.append(path)
         if len(removed) == steps: raise Killed
     with monkeypatch.context() as m:
         m.setattr(shutil, "rmtree", rmtree)
-        try: run_plan(*work.plan(), out, progress=False, overwrite=True, restart=True)
-        except Killed: assert out.read_text() == "old"
+        run_until(work, out, overwrite=True, restart=True)
+    assert files_digest(out) == old
     run_plan(*work.plan(), out, progress=False, overwrite=True)
     assert files_digest(out) == work.expected
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_killed_between_two_renames(work, half_replaced, restart):
+    "The old output gets its name back, whatever the next run is to do."
+    out, old = half_replaced
+    def engine(job, units): raise Killed; yield
+    if restart: run_until(work, out, overwrite=True, restart=True, engine=engine)
+    else:
+        with pytest.raises(ValueError, match="out' exists; choose another output"): run_plan(*work.plan(), out, progress=False)
+    assert files_digest(out) == old
+    run_plan(*work.plan(), out, progress=False, overwrite=True)
+    assert files_digest(out) == work.expected and not (out.parent / "out.partial").exists()
+
+
+def test_an_output_made_by_hand_while_the_old_one_is_moved_away(work, half_replaced):
+    "Neither is lost."
+    out, old = half_replaced
+    shutil.copytree(out.parent / "expected", out)
+    for restart in (False, True):
+        with pytest.raises(ValueError, match="holds 'replaced'; move that folder away"): run_plan(*work.plan(), out, progress=False, overwrite=True, restart=restart)
+    assert files_digest(out.parent / "out.partial" / "replaced") == old
+
+
+def test_another_run_after_one_that_was_killed_while_cleaning_up(work, half_replaced, monkeypatch):
+    out, _ = half_replaced
+    with monkeypatch.context() as m:
+        m.setattr(WorkFolder, "_clear", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        run_until(work, out, overwrite=True)
+    assert files_digest(out) == work.expected
+    run_plan(*work.plan(rank=2), out, progress=False, overwrite=True)
+    run_plan(*work.plan(), out, progress=False, overwrite=True)
+    assert files_digest(out) == work.expected
+
+
+def test_the_next_process_is_left_alone(work, tmp_path, monkeypatch):
+    "One process has finished and has deleted its folder; another makes its own before the first has let go."
+    def folder(): return WorkFolder(work.plan()[0], tmp_path / "out")
+    with folder() as first:
+        first._clear(all=True)
+        second = folder().__enter__()
+        (tmp_path / "out.partial" / "plan.json").unlink()
+        for name in ("parts", "done", "out"): (tmp_path / "out.partial" / name).rmdir()
+    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["lock"] # of the second
+    rmdir = Path.rmdir
+    def late(path): (path / "lock").touch(); rmdir(path) # comes in at the last moment
+    monkeypatch.setattr(Path, "rmdir", late)
+    second.__exit__()
+    assert (tmp_path / "out.partial" / "lock").exists()

@@ -101,7 +101,7 @@ def run_plan(
 ) -> dict: # the report, which is also written
     "Carry a plan out, or go on with it; the output appears when all of it is there."
     start = time.perf_counter()
-    with WorkFolder(plan, out, restart, overwrite) as work:
+    with WorkFolder(plan, out, restart, overwrite, {"base": base, **tasks}) as work:
         if work.published: return work.cleaned()
         job, resumed = Job(plan, base, dict(tasks), str(work.folder)), len(plan.units)
         cost = [sum(_cost(job.planned[name], len(tasks)) for name in names) for names in plan.units]

@@ -6,33 +6,40 @@
 __all__ = ['WorkFolder', 'input_digests']
 
 # %% ../../nbs/scale/30c3_work.ipynb #b03313ed
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from ..compress import _KIND
+from .byte_files import is_url, open_bytes
 from .parts import DamagedPart, Entry, Part, WholeFile, assemble, content_digest, part_path, read_part, save_json, sync_folder, writing
 from .planned import Plan
-from .safetensors_reader import open_bytes
+from .safetensors_reader import SafetensorsReader
 
 # %% ../../nbs/scale/30c3_work.ipynb #381061f6
 class WorkFolder:
     "The folder OUT.partial of a run: its parts, its finished files, and what becomes of them. Use it in a `with`."
     def __init__(self,
         plan: Plan, # of the run
-        out: str | Path, # the folder or .safetensors file that is to appear
+        out: str | Path, # what is to appear: a folder, a .safetensors file, or for "interference" a .json file
         restart: bool = False, # throw an unfinished run away
-        overwrite: bool = False, # replace `out` if it exists
+        overwrite: bool = False, # replace `out` if it exists and a run has made it
+        inputs: Mapping[str, Mapping] | None = None, # "base" and task names -> Checkpoint: they must not be where the output goes
     ):
-        self.plan, self.out, self.restart, self.overwrite = plan, Path(os.path.abspath(out)), restart, overwrite
+        self.plan, self.out, self.restart, self.overwrite, self.inputs = plan, Path(os.path.abspath(out)), restart, overwrite, inputs or {}
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.single = self.out.suffix in (".safetensors", ".json")
+        self.ready = self.folder / "out" / (self.out.name if self.single else "") # what is to become the output
+        self.beside = self.out.with_suffix(".report.json") if self.out.suffix == ".safetensors" else None # a file of tensors has no room for the report
         self.files = [] if not plan.shards else [self.out.name] if self.single else plan.shard_names() # one per shard
+        if self.out.suffix == (".safetensors" if plan.command == "interference" else ".json"): raise ValueError(f"{str(out)!r} cannot be the output (--out) of {plan.command}: a name that ends in .safetensors is one file of tensors, in .json the scores of an interference, any other a folder; choose another.")
         if self.single and len(plan.shards) > 1: raise ValueError(f"{str(out)!r} is one file and the plan has {len(plan.shards)}; name a folder, or plan with a larger shard_size.")
         shard = {name: i for i, names in enumerate(plan.shards) for name in names}
         self.units = [[] for _ in plan.shards or [()]] # of each shard; of none: all in one
@@ -48,7 +55,14 @@ class WorkFolder:
         return self.folder / "done" / f"{shard:05d}.json"
 
 # %% ../../nbs/scale/30c3_work.ipynb #3ed06489
-_OURS = ("lock", "plan.json", "parts", "done", "out", "replaced", "report.json")
+_OURS = ("lock", "plan.json", "parts", "done", "out", "report.json")
+
+
+def _said(path: Path) -> dict:
+    "What a file of JSON says: nothing if it is absent or damaged."
+    try: said = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError): said = {}
+    return said if isinstance(said, dict) else {}
 
 
 def _facts(plan: Plan) -> dict:
@@ -58,6 +72,7 @@ def _facts(plan: Plan) -> dict:
 
 def _differences(was: Mapping, now: Mapping) -> str:
     "What two runs do not have in common, in words."
+    if not was: return "its plan.json is damaged"
     if was["command"] != now["command"]: return f"the command was {was['command']} and is now {now['command']}"
     found = [f"{o} was {was['options'].get(o)!r} and is now {now['options'].get(o)!r}" for o in {**was["options"], **now["options"]} if was["options"].get(o) != now["options"].get(o)]
     files = [f"the input {o!r} is another one, or its files have changed" for o in {**was["inputs"], **now["inputs"]} if was["inputs"].get(o) != now["inputs"].get(o)]
@@ -67,52 +82,116 @@ def _differences(was: Mapping, now: Mapping) -> str:
 @patch
 def _claim(self: WorkFolder) -> None:
     "Make sure that the folder is of this run."
-    known = self.folder / "plan.json"
+    known, marker = self.folder / "plan.json", self.folder / "report.json"
+    if self._appeared: self._clear() # another run has finished here
     strange = [p.name for p in self.folder.iterdir() if p.name not in _OURS and not p.name.endswith(".tmp")]
     if strange: raise ValueError(f"{str(self.folder)!r} is where the unfinished run would be kept, but holds {strange[0]!r}; move that folder away, or choose another output.")
     if self.restart: self._clear()
+    if marker.exists(): marker.unlink() # a run was killed just before its output appeared; this one may have to do a part of it again
     if known.exists():
-        was, now = json.loads(known.read_text(encoding="utf-8")), _facts(self.plan)
-        if was["digest"] != now["digest"]:
+        was, now = _said(known), _facts(self.plan)
+        if was.get("digest") != now["digest"]:
             raise ValueError(f"{str(self.folder)!r} holds an unfinished run of another kind: {_differences(was, now)}. Repeat the command of then, or start over with --restart (restart=True).")
     with writing(self.folder):
         for name in ("parts", "done", "out"): (self.folder / name).mkdir(exist_ok=True)
     if not known.exists(): save_json(known, _facts(self.plan))
+
+# %% ../../nbs/scale/30c3_work.ipynb #9fbbe61a
+def _made_by_a_run(path: Path) -> bool:
+    "Whether what is there is an output, or an empty folder."
+    if path.is_dir(): return (path / "tsv_report.json").exists() or not any(path.iterdir())
+    if path.suffix == ".json": return {"command", "plan"} <= _said(path).keys()
+    try: said = SafetensorsReader(path).metadata
+    except (OSError, ValueError): return False
+    return "tsv_nb" in said or said.get("kind") == _KIND # archives of `CompressedTaskVector.save`, too
+
+
+@patch
+def _free(self: WorkFolder, *paths: Path | None, late: bool = False) -> None:
+    "Raise if the name of an output is taken, at the beginning or, `late`, when all is computed."
+    way = "move it away and run the same command again" if late else "choose another output"
+    for path in paths:
+        if path is None or not os.path.lexists(path): continue
+        if not self.overwrite: raise ValueError(f"{str(path)!r} exists{' now' * late}; {way}, or replace it with --overwrite (overwrite=True).")
+        if not _made_by_a_run(path): raise ValueError(f"{str(path)!r} is no output of tsv-nb, and --overwrite replaces nothing else; {way}.")
+
+# %% ../../nbs/scale/30c3_work.ipynb #28049b5e
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    "What the system calls a file or folder, links followed; None if there is none."
+    try: found = os.stat(path)
+    except OSError: return None
+    return found.st_dev, found.st_ino
+
+
+def _within(files: Iterable[str], place: Path) -> str | None:
+    "The first of the files that is the place, or lies in it, as it is called or as links lead to it."
+    known = _identity(place)
+    for file in files if known else ():
+        ways = {o for way in (os.path.abspath, os.path.realpath) for path in [Path(way(file))] for o in (path, *path.parents)}
+        if any(_identity(o) == known for o in ways): return file
+
+
+@patch
+def _check_inputs(self: WorkFolder) -> None:
+    "Raise if an input would be deleted, or if what lies beside the base cannot be copied in the end."
+    for place in (self.out, self.folder):
+        for name, checkpoint in self.inputs.items():
+            if file := _within((f for f in checkpoint.files if not is_url(f)), place): raise ValueError(f"the input {name!r} ({file!r}) would be deleted with {str(place)!r}; choose another output.")
+    if "base" in self.inputs and self.files and not self.single:
+        for source in _companions(self.inputs["base"]).values(): open_bytes(source)
 
 # %% ../../nbs/scale/30c3_work.ipynb #0ceea27b
 @patch
 def __enter__(self: WorkFolder) -> WorkFolder:
     try: self.folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(f"{str(self.folder)!r} cannot be made ({e.strerror}); choose another output.") from e
-    self.lock = FileLock(self.folder / "lock", timeout=0)
+    self.lock, self.gone = FileLock(self.folder / "lock", timeout=0), False
     try: self.lock.acquire()
     except Timeout as e: raise OSError(f"another process is working on {str(self.out)!r}; wait for it, stop it, or choose another output.") from e
     try:
-        if self.out.exists() and not self.overwrite and not self.published:
-            raise ValueError(f"{str(self.out)!r} exists; choose another output, or replace it with --overwrite (overwrite=True).")
-        if not self.published: self._claim()
+        self._restore()
+        if not self.published:
+            self._check_inputs()
+            self._free(self.out, self.beside)
+            self._claim()
     except BaseException: self.__exit__(); raise
     return self
 
 
 @patch
 def __exit__(self: WorkFolder, *_) -> None:
-    if self.folder.exists() and not [p for p in self.folder.iterdir() if p.name != "lock"]: self._clear(all=True) # nothing was begun
-    self.lock.release()
+    if not self.gone and self.folder.exists() and not [p for p in self.folder.iterdir() if p.name != "lock"]: self._clear(all=True) # nothing was begun
+    self.lock.release() # a folder that is gone may be there again: it is the next process's
 
 # %% ../../nbs/scale/30c3_work.ipynb #d7f4b773
 @patch(as_prop=True)
+def _appeared(self: WorkFolder) -> str | None:
+    "The digest of the run whose output has appeared, if it was killed before it had cleaned up."
+    marker = _said(self.folder / "report.json")
+    return marker.get("plan") if os.path.lexists(self.out) and not self.ready.exists() else None
+
+
+@patch(as_prop=True)
 def published(self: WorkFolder) -> bool:
     "Whether this very run has finished, and was killed before it had cleaned up."
-    if not ((self.folder / "report.json").exists() and self.out.exists()): return False
-    left = self.folder / "out" / ([*self.files, self.out.name][0] if self.single else "")
-    return not left.exists() and json.loads((self.folder / "report.json").read_text(encoding="utf-8"))["plan"] == self.plan.digest()
+    return self._appeared == self.plan.digest()
+
+
+@patch
+def _restore(self: WorkFolder) -> None:
+    "Give an output its name back, if a run was killed while it replaced it."
+    old = self.folder / "replaced"
+    if os.path.lexists(old) and not os.path.lexists(self.out) and (self.folder / "plan.json").exists(): os.rename(old, self.out)
 
 # %% ../../nbs/scale/30c3_work.ipynb #a88f9aac
 @patch
 def cleaned(self: WorkFolder) -> dict: # the report
-    "Do what the run that has finished could not: clean up."
-    report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+    "Do what is left when the output has appeared: a report that lies beside it follows, and the folder goes."
+    report = _said(self.folder / "report.json")
+    if self.beside and (left := self.ready.with_name(self.beside.name)).exists():
+        self._free(self.beside, late=True)
+        with writing(self.beside): os.replace(left, self.beside)
+    sync_folder(self.out.parent)
     self._clear(all=True)
     return report
 
@@ -123,8 +202,10 @@ def _clear(self: WorkFolder, all: bool = False) -> None:
     rest = ["parts", "done", "out", "replaced", "plan.json", *(p.name for p in self.folder.glob("*.tmp"))]
     for name in [*rest, "report.json", "lock"] if all else ["report.json", *rest]: # the report says that a run has finished: as long as it is cleaning up, and no longer
         path = self.folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if all and not any(self.folder.iterdir()): self.folder.rmdir()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    if not all: return
+    self.gone = True
+    with suppress(OSError): self.folder.rmdir() # not empty: the next process has come in
 
 # %% ../../nbs/scale/30c3_work.ipynb #40fe5d52
 @patch
@@ -141,13 +222,23 @@ def todo(self: WorkFolder) -> list[int]: # units
     return [unit for shard, units in enumerate(self.units) if shard not in self.done for unit in units if unit not in self.have]
 
 # %% ../../nbs/scale/30c3_work.ipynb #a89c97a3
+_CHUNK = 2**22 # bytes of a file in memory at a time
+
+
+def _sha256(path: Path) -> str:
+    "A digest of a file."
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(_CHUNK): sha.update(data)
+    return sha.hexdigest()
+
+
 @patch
 def _finished(self: WorkFolder, shard: int) -> bool:
-    "Whether a shard has its receipt and its file."
-    if shard not in self.done and self.receipt(shard).exists():
-        receipt = json.loads(self.receipt(shard).read_text(encoding="utf-8"))
+    "Whether a shard has its receipt and its file; what an earlier session has left is read and compared once."
+    if shard not in self.done and (receipt := _said(self.receipt(shard))):
         file = self.folder / "out" / receipt["file"] if receipt["file"] else None
-        if file is None or file.exists() and file.stat().st_size == receipt["size"]: self.done[shard] = receipt
+        if file is None or file.exists() and file.stat().st_size == receipt["size"] and _sha256(file) == receipt["sha256"]: self.done[shard] = receipt
     return shard in self.done
 
 
@@ -167,8 +258,7 @@ def _receipt(parts: Sequence[Part]) -> dict:
     for part in parts:
         receipt["tensors"] |= part.entries
         receipt["dtypes"] |= part.facts["dtypes"]
-        seconds = part.path.with_suffix(".seconds")
-        spent = json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else {}
+        spent = _said(part.path.with_suffix(".seconds"))
         receipt["report"] |= {name: entry | dict(seconds=spent.get(name)) for name, entry in part.facts["report"].items()}
         for source, entries in part.facts["read"].items(): receipt["read"].setdefault(source, {}).update(entries)
     return receipt
@@ -212,12 +302,19 @@ def _assemble(self: WorkFolder, shard: int) -> None:
     for unit in units: self.part(unit).unlink(); self.part(unit).with_suffix(".seconds").unlink(missing_ok=True)
 
 # %% ../../nbs/scale/30c3_work.ipynb #899ead1d
+def _retyped(config: object, dtype: str) -> object:
+    "A configuration, and those within it, with another type of numbers."
+    if not isinstance(config, dict): return config
+    typed = {k: dtype for k, v in config.items() if k in ("torch_dtype", "dtype") and not isinstance(v, dict)}
+    return {k: v if k == "quantization_config" else typed.get(k) or _retyped(v, dtype) for k, v in config.items()} # how numbers were quantized is another matter
+
+
 def _with_dtype(text: bytes, dtype: str) -> bytes:
     "A model's config.json, saying another type of numbers."
     try: config = json.loads(text)
     except ValueError: return text
-    keys = {"torch_dtype", "dtype"} & set(config if isinstance(config, dict) else ())
-    return (json.dumps(config | dict.fromkeys(keys, dtype), indent=2, ensure_ascii=False) + "\n").encode() if keys else text
+    new = _retyped(config, dtype)
+    return text if new == config else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()
 
 # %% ../../nbs/scale/30c3_work.ipynb #d81ac951
 @patch
@@ -229,14 +326,24 @@ def _index(self: WorkFolder, receipts: Sequence[Mapping]) -> None:
     save_json(self.folder / "out" / "model.safetensors.index.json", dict(metadata=dict(total_size=size) | said, weight_map=dict(sorted(where.items()))))
 
 
-@patch
-def _companions(self: WorkFolder, base: Mapping) -> None:
-    "Copy what lies beside the base's weights: configuration, tokenizer, and the like."
-    for source in base.companions():
-        data = (file := open_bytes(source)).read(0, file.size)
-        name = source.replace("\\", "/").rsplit("/", 1)[-1]
-        if name == "config.json" and self.plan.options.get("dtype"): data = _with_dtype(data, self.plan.options["dtype"])
-        with WholeFile(self.folder / "out" / name) as file: file.write(data)
+def _file_name(source: str) -> str:
+    "What a copy is called. On Linux a backslash is a letter like any other; Windows could not keep a remote file with one."
+    name = source.rsplit("/", 1)[-1] if is_url(source) else os.path.basename(source)
+    if name != os.path.basename(name): raise ValueError(f"{source!r} has a name that this system cannot keep; rename it.")
+    return name
+
+
+def _companions(base: Mapping) -> dict[str, str]: # name -> path or address
+    "What lies beside the base's weights and is copied: configuration, tokenizer, and the like."
+    return {_file_name(source): source for source in base.companions()}
+
+
+def _copy(source: str, path: Path, dtype: str | None) -> None:
+    "Copy a companion; `config.json` says another type of numbers, if there is one."
+    file = open_bytes(source)
+    with WholeFile(path) as copy:
+        if path.name == "config.json" and dtype: copy.write(_with_dtype(file.read(0, file.size), dtype)); return
+        for start in range(0, file.size, _CHUNK): copy.write(file.read(start, min(_CHUNK, file.size - start)))
 
 # %% ../../nbs/scale/30c3_work.ipynb #16358f33
 @patch
@@ -246,31 +353,29 @@ def finish(
     session: Mapping, # facts on this session for the report: seconds, memory
 ) -> dict: # the report
     "Write what belongs to the shards, and make the output appear."
-    receipts, ready, whole = [self.done[shard] for shard in range(len(self.units))], self.folder / "out", self.folder / "report.json"
+    receipts, ready = [self.done[shard] for shard in range(len(self.units))], self.folder / "out"
+    read = input_digests(receipts) # in the order of reading; what is told by task, as the pairs of an interference, is in the plan's
     order = {t.name: i for i, t in enumerate(self.plan.tensors)}
     tensors = {name: entry for receipt in receipts for name, entry in receipt["report"].items()}
     report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["tsv_nb"], plan=self.plan.digest(), options=self.plan.options,
-                  inputs={source: self.plan.inputs[source] | dict(content=sha) for source, sha in input_digests(receipts).items()}, notes=list(self.plan.notes),
+                  inputs={source: facts | dict(content=read[source]) if source in read else facts for source, facts in self.plan.inputs.items()}, notes=list(self.plan.notes),
                   files={r["file"]: dict(bytes=r["size"], sha256=r["sha256"]) for r in receipts if r["file"]},
                   tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
     if len(self.files) > 1: self._index(receipts)
-    if self.files and not self.single: self._companions(base)
-    save_json(whole, report)
-    if self.out.suffix == ".safetensors":
-        beside = self.out.with_suffix(".report.json")
-        os.replace(save_json(ready / beside.name, report), beside) # written in our own folder: a kill leaves nothing beside the output
-    else: save_json(ready / (self.out.name if self.single else "tsv_report.json"), report)
-    self._publish(ready / self.out.name if self.single else ready)
+    if self.files and not self.single:
+        for name, source in _companions(base).items(): _copy(source, ready / name, self.plan.options.get("dtype"))
+    save_json(ready / (self.beside.name if self.beside else self.out.name if self.single else "tsv_report.json"), report)
+    self._publish(report)
     return report
 
 # %% ../../nbs/scale/30c3_work.ipynb #a0c8c81c
 @patch
-def _publish(self: WorkFolder, ready: Path) -> None:
+def _publish(self: WorkFolder, report: Mapping) -> None:
     "One rename, and the output is there."
-    sync_folder(ready if ready.is_dir() else ready.parent)
-    if self.out.exists() and not self.overwrite: raise ValueError(f"{str(self.out)!r} exists now; move it away and run the same command again, or replace it with --overwrite (overwrite=True).")
+    sync_folder(self.folder / "out")
+    self._free(self.out, self.beside, late=True)
+    save_json(self.folder / "report.json", report)
     with writing(self.out):
-        if self.out.is_dir() or self.out.exists() and ready.is_dir(): os.rename(self.out, self.folder / "replaced")
-        os.replace(ready, self.out)
-    sync_folder(self.out.parent)
-    self._clear(all=True)
+        if os.path.lexists(self.out) and (self.out.is_dir() or self.ready.is_dir()): os.rename(self.out, self.folder / "replaced")
+        os.replace(self.ready, self.out)
+    self.cleaned()
