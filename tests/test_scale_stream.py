@@ -16,12 +16,13 @@ from scale_models import SHAPES, digests, fine, load_output, relative, report_of
 
 from tsv_nb import CompressedTaskVector, apply_task_vector, compress, interference_by_layer, pairwise_interference, task_vector, tsv_merge
 from tsv_nb.scale.checkpoints import open_checkpoint
+from tsv_nb.scale.outputs import file_sha256
 from tsv_nb.scale.parts import CannotWrite, content_digest, entry_of, part_path, read_part
 from tsv_nb.scale.plan import make_plan
 from tsv_nb.scale.stream import local_engine, run_plan, run_unit
 from tsv_nb.scale.summaries import interference_table, pair_sums
 from tsv_nb.scale.tensor_work import Job
-from tsv_nb.scale.work import WorkFolder, _sha256
+from tsv_nb.scale.work import WorkFolder
 
 PAPER = ["text_projection"] # the rules of the method part
 
@@ -406,7 +407,7 @@ def test_a_finished_shard_that_is_damaged_between_two_sessions(tmp_path, paths, 
 def test_a_finished_shard_is_read_once_in_a_session(tmp_path, paths):
     with pytest.raises(Killed): again(paths, tmp_path / "out", engine=interrupted(9))
     base, tasks = opened(paths)
-    with patch("tsv_nb.scale.work._sha256", side_effect=_sha256) as read, WorkFolder(fine(make_plan("merge", base, tasks, threads=1, shard_size=15_000)), tmp_path / "out") as work:
+    with patch("tsv_nb.scale.work.file_sha256", side_effect=file_sha256) as read, WorkFolder(fine(make_plan("merge", base, tasks, threads=1, shard_size=15_000)), tmp_path / "out") as work:
         assert work.todo() == work.todo() and read.call_count == len(work.done) > 0
 
 
@@ -520,7 +521,7 @@ def test_inputs_are_not_replaced(tmp_path, where, name, begun):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     run = lambda **options: merge(paths, out, dict(overwrite=True) | options, shard_size=2**40)
     if begun:
-        with patch.object(WorkFolder, "_check_inputs"), patch("tsv_nb.scale.work._made_by_a_run", return_value=True), pytest.raises(Killed): run(engine=interrupted(0))
+        with patch.object(WorkFolder, "_check_inputs"), patch("tsv_nb.scale.work.made_by_a_run", return_value=True), pytest.raises(Killed): run(engine=interrupted(0))
     def engine(job, units): raise AssertionError("computed before it was refused")
     for overwrite in (True, False):
         with pytest.raises(ValueError, match=f"the input '{name}' .'.*'. would be deleted with '{out}'; choose another output"): run(engine=engine, overwrite=overwrite)
@@ -553,7 +554,7 @@ def test_companions_are_looked_at_before_the_work_and_copied_piece_by_piece(tmp_
     with pytest.raises(ValueError, match="tokenizer.model' is a symbolic link"): run()
     assert not asked
     (base / "tokenizer.model").unlink()
-    with patch("tsv_nb.scale.work._CHUNK", 2**16):
+    with patch("tsv_nb.scale.outputs._CHUNK", 2**16):
         tracemalloc.start()
         try: run(); assert tracemalloc.get_traced_memory()[1] < size / 3
         finally: tracemalloc.stop()
