@@ -1,6 +1,7 @@
 """The commands for large checkpoints, as somebody types them: what they print, what they leave, how they end and go on."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,11 @@ from scale_models import digests, fine, load_output, relative, report_of, save_a
 
 from tsv_nb import CompressedTaskVector, apply_task_vector, compress, interference_by_layer, task_vector, tsv_merge
 from tsv_nb.scale import commands, running
+from tsv_nb.scale.checkpoints import open_checkpoint
+from tsv_nb.scale.parts import CannotWrite
+from tsv_nb.scale.plan import make_plan
+from tsv_nb.scale.stream import run_plan
+from tsv_nb.scale.tables import size_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ["--exclude", "text_projection"]
@@ -130,6 +136,42 @@ def test_tasks_have_names(tmp_path, paths, capsys):
 def test_a_disk_too_small_for_the_output(tmp_path, paths, monkeypatch):
     monkeypatch.setattr(running.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=1000)))
     assert "are free there; make room, or choose another --out" in refused("tsv_merge", *paths, "--out", tmp_path / "deep" / "out") and not list(tmp_path.iterdir())
+
+
+def test_parts_and_the_file_made_of_them_must_fit(tmp_path, monkeypatch):
+    base = open_checkpoint({f"h.{i}": torch.ones(50, 50) for i in range(4)}) # 10 kB each
+    def check(free, out, **options):
+        monkeypatch.setattr(running.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=free)))
+        running.check_space(make_plan("merge", base, {"a": base}, **options), tmp_path / out)
+    check(80_000, "m.safetensors"); check(50_000, "m", shard_size=10_000)
+    with pytest.raises(CannotWrite, match=r"takes 80.* kB while it is written .40.* kB in the end., and 79.* kB are free there; make room"): check(79_400, "m.safetensors")
+    with pytest.raises(CannotWrite, match=r"takes 50.* kB while it is written"): check(49_900, "m", shard_size=10_000)
+    (tmp_path / "m.partial").mkdir(); (tmp_path / "m.partial" / "x").write_bytes(bytes(200))
+    check(49_900, "m", shard_size=10_000) # parts of an earlier run are taken over
+    archive = make_plan("compress", base, {"a": base}, rank=1, shard_size=2**62)
+    monkeypatch.setattr(running.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=2 * archive.bytes_written)))
+    running.check_space(archive, tmp_path / "a.safetensors") # factors, not matrices
+
+
+def test_a_single_file_takes_twice_its_size_for_a_moment(tmp_path, monkeypatch):
+    base, peak = open_checkpoint({f"h.{i}": torch.ones(200, 200) for i in range(4)}), [0]
+    def watch(folder):
+        peak[0] = max(peak[0], sum(p.stat().st_size for p in (tmp_path / "m.safetensors.partial").rglob("*.*") if p.is_file()))
+    monkeypatch.setattr("tsv_nb.scale.parts.sync_folder", watch)
+    plan = make_plan("merge", base, {"a": base}, threads=1)
+    run_plan(plan, base, {"a": base}, tmp_path / "m.safetensors", progress=False)
+    assert 2 <= peak[0] / plan.bytes_written < 2.05
+
+
+def test_the_memory_at_the_end_is_that_of_the_plan(tmp_path, paths, capsys):
+    "In a process of its own: growth, as in the plan, and the whole."
+    run = child("tsv_merge", *paths, "--out", tmp_path / "out")
+    out, err = run.communicate(timeout=60)
+    grown, whole = re.search(r"; memory rose by at most ([\d.]+ [kM]B) to ([\d.]+ [MG]B)\.", out).groups()
+    session = report_of(tmp_path / "out")["session"]
+    assert grown == size_text(session["peak_rss"] - session["rss_at_start"]) and whole == size_text(session["peak_rss"]), err
+    planned = json.loads(said(capsys, "tsv_merge", *paths, "--out", tmp_path / "x", "--plan", "--json", "--threads", 1))["peak_bytes"]
+    assert session["peak_rss"] - session["rss_at_start"] <= planned
 
 
 def test_ctrl_c_and_go_on(tmp_path, paths, capsys):

@@ -1,9 +1,11 @@
 """The Ray engine on a cluster of several nodes on this machine: a node killed in the middle, errors of units, resources that nobody has, resuming across engines."""
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -107,7 +109,7 @@ def test_negative_options_are_refused(option):
 
 def test_without_ray_the_message_says_what_to_install(inputs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'tsv-nb\[ray\]'"): make_run(inputs, tmp_path / "out")(ray_engine())
+    with pytest.raises(ImportError, match=r"pip install 'tsv-nb\[ray\] @ git\+https://github.com/tsv-nb/tsv-nb'$"): make_run(inputs, tmp_path / "out")(ray_engine())
     assert not (tmp_path / "out").exists()
 
 
@@ -123,6 +125,21 @@ def test_unreachable_address():
     with pytest.raises(ConnectionError, match=f"no Ray cluster at '127.0.0.1:{port}' .*ray start --head"):
         with ray_connection(f"127.0.0.1:{port}"): pass
     assert time.monotonic() - start < 6
+
+
+def test_a_worker_needs_memory_for_itself(inputs, tmp_path, monkeypatch):
+    "What is reserved is the plan's growth and what a process takes that has imported everything."
+    taken = subprocess.run([sys.executable, "-c", "import tsv_nb.scale.distributed; from tsv_nb.scale.stream import peak_rss; print(peak_rss())"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True).stdout
+    assert .5 * distributed.WORKER_BYTES < int(taken) < 1.1 * distributed.WORKER_BYTES
+    reserved = []
+    class Flight:
+        "Notes what a unit needs."
+        def __init__(self, ray, job, work, token, needs, retries): reserved.append((needs["memory"], job.plan.peak_bytes)); raise KeyboardInterrupt
+    monkeypatch.setattr(distributed, "_Flight", Flight)
+    monkeypatch.setattr(distributed, "ray_connection", lambda address: contextlib.nullcontext())
+    for memory in (None, 5):
+        with pytest.raises(KeyboardInterrupt): make_run(inputs, tmp_path / "out")(ray_engine(memory=memory))
+    assert [m for m, _ in reserved] == [reserved[0][1] + distributed.WORKER_BYTES, 5]
 
 
 # On a cluster
@@ -143,6 +160,13 @@ def test_one_engine_goes_on_where_the_other_stopped(cluster, inputs, reference, 
     def counting(job, units): todo.extend(units); yield from second(job, units)
     make_run(inputs, tmp_path / "out")(counting)
     assert digests(tmp_path / "out") == reference and 0 < len(todo) <= N_UNITS - 3
+
+
+def test_a_node_that_computes_otherwise(cluster, inputs, reference, tmp_path, monkeypatch): # the reference first: MKL looks at the variable once
+    "Told when it is noticed, and in the report."
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE") # of this process; the workers run already
+    with pytest.warns(UserWarning, match="a node computes with .*this process with .*COMPATIBLE.*last bits"): report = make_run(inputs, tmp_path / "out")(ray_engine())
+    assert [m.get("MKL_CBWR") for m in report["session"]["machines"]] == [None]
 
 
 def test_after_ctrl_c_nothing_goes_on(cluster, inputs, tmp_path):
@@ -201,7 +225,7 @@ def test_a_unit_that_always_kills_its_worker_ends_the_run(cluster, inputs, tmp_p
 def test_resources_that_nobody_has(cluster, inputs, reference, tmp_path):
     for options, asked in ((dict(num_gpus=2), "1 CPU, 2 GPUs"), (dict(memory=2**50), r"1e\+06 GiB")):
         start = time.monotonic()
-        with pytest.raises(ValueError, match=f"a unit needs .*{asked}.*no node of the Ray cluster has that. Its nodes: .*2 x .1 CPU, 0 GPUs"): make_run(inputs, tmp_path / "out")(ray_engine(patience=.5, **options))
+        with pytest.raises(ValueError, match=f"a unit needs .*{asked}.*no node of the Ray cluster has that. Its nodes: .* x .1 CPU, 0 GPUs"): make_run(inputs, tmp_path / "out")(ray_engine(patience=.5, **options))
         assert time.monotonic() - start < 5
     make_run(inputs, tmp_path / "out")(ray_engine())
     assert digests(tmp_path / "out") == reference
@@ -246,7 +270,7 @@ def test_only_some_units_are_in_flight(cluster, inputs, tmp_path, monkeypatch):
 
 def test_a_package_that_a_node_lacks(cluster, inputs, tmp_path):
     def lacking(job, unit): import no_such_package
-    with pytest.raises(ImportError, match=r"cannot run this .*no_such_package.*pip install 'tsv-nb\[ray\]=="): make_run(inputs, tmp_path / "out")(ray_engine(work=lacking))
+    with pytest.raises(ImportError, match=r"cannot run this .*no_such_package.*the version of this process .* on all nodes: pip install 'tsv-nb\[ray\] @ git"): make_run(inputs, tmp_path / "out")(ray_engine(work=lacking))
 
 
 def test_another_address_than_the_open_one(cluster):

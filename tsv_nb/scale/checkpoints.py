@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .byte_files import ByteFile, damaged, is_url, open_bytes
+from .byte_files import ByteFile, damaged, is_url, open_bytes, reaching
 from .safetensors_reader import LONGEST, Entry, SafetensorsReader, plain_name, strict_json
 from .torch_reader import TorchReader, storage_bytes, tied_names
 
@@ -74,11 +74,9 @@ class Folder:
         "Names of the files in it."
         if not self.remote: return sorted(e.name for e in os.scandir(self.path) if os.path.isfile(e.path))
         import fsspec
-        try:
+        with reaching(repr(self.path), "folder"):
             system, inner = fsspec.core.url_to_fs(self.path)
             return sorted(o["name"].rstrip("/").rpartition("/")[2] for o in system.ls(inner, detail=True) if o["type"] == "file")
-        except (ImportError, ValueError) as e: raise ValueError(f"{self.path!r} cannot be opened: {e}.") from e
-        except FileNotFoundError as e: raise FileNotFoundError(f"no folder at {self.path!r}; check the address.") from e
     def member(self, name: str) -> str: # raises `ValueError` for a link that leads out
         "The path or address of one of its files."
         return f"{self.path}/{name}" if self.remote else inside(self.path, name, self.strict)

@@ -86,13 +86,16 @@ def check_space(
     plan: Plan,
     out: str | Path, # what is to appear
 ) -> None: # `CannotWrite`
-    "Raise if the output cannot fit on its disk."
+    "Raise if the output, and the parts that it is put together from, cannot fit on its disk."
+    sizes = {t.name: t.nbytes for t in plan.tensors}
+    largest = max((sum(sizes[name] for name in shard) for shard in plan.shards), default=0)
+    needed = plan.bytes_written + min(largest, plan.bytes_written) # the parts of a file are deleted when it is there
     out = Path(out).absolute()
     partial = out.with_name(out.name + ".partial")
     kept = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file()) if partial.exists() else 0
     there = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(there).free
-    if plan.bytes_written > free + kept: raise CannotWrite(f"{str(out)!r} takes {size_text(plan.bytes_written)} and {size_text(free)} are free there; make room, or choose another --out.")
+    if needed > free + kept: raise CannotWrite(f"{str(out)!r} takes {size_text(needed)} while it is written ({size_text(plan.bytes_written)} in the end), and {size_text(free)} are free there; make room, or choose another --out.")
 
 # %% ../../nbs/scale/30d1_running.ipynb #52b66ab9
 def carry_out(
@@ -105,9 +108,9 @@ def carry_out(
 ) -> str: # what to print
     "Show a plan, and unless only that was asked for, carry it out."
     options = run_options(**options)
-    if options["plan"]: return json_format.dumps(work.to_json(), indent=1) if options["json"] else work.table()
+    if options["plan"]: return json_format.dumps(work.to_json(), indent=1, allow_nan=False) if options["json"] else work.table()
     engine, silent = choose_engine(options["engine"], options["address"]), options["quiet"] or options["json"]
     check_space(work, out)
     if not silent: tqdm.write(work.table() + "\n")
     report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"])
-    return json_format.dumps(report, indent=1) if options["json"] else summary(report, out)
+    return json_format.dumps(report, indent=1, allow_nan=False) if options["json"] else summary(report, out)

@@ -17,7 +17,8 @@ def finished_line(
 ) -> str:
     "The last line of a command."
     session = report["session"]
-    memory = f", at most {size_text(session['peak_rss'])} of memory" if session["peak_rss"] else ""
+    peak, before = session["peak_rss"], session.get("rss_at_start") # what Python and PyTorch take is not in the plan
+    memory = f"; memory rose by at most {size_text(max(0, peak - before))} to {size_text(peak)}" if peak and before else ""
     kept = f" ({session['resumed']} of {session['units']} pieces were there already)" if session["resumed"] else ""
     return f"Written to {out}: {size_text(sum(f['bytes'] for f in report['files'].values()))} in {session['seconds']:.1f} s{memory}{kept}."
 

@@ -7,6 +7,7 @@ __all__ = ['WORK', 'Job', 'Reader', 'wide_dtype', 'read_delta', 'read_start', 't
            'copy_tensor', 'compress_tensor', 'expand_tensor', 'score_tensor']
 
 # %% ../../nbs/scale/30c1_tensor_work.ipynb #36f675cc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..checks import check_finite
+from ..checks import check_finite, fitting
 from ..compress import CompressedTaskVector, compress
 from ..interference import layer_factors, singular_task_interference, stack_factors
 from ..low_rank import Factors
@@ -22,7 +23,7 @@ from ..merge import merge_factors, whiten_factors
 from .parts import Entry, entry_of
 from .planned import Plan, PlannedTensor
 from .rules import cut_of
-from ..svd import svd_residual
+from ..svd import in_range, svd_residual
 from ..task_vectors import task_weights
 
 # %% ../../nbs/scale/30c1_tensor_work.ipynb #131a35a0
@@ -49,12 +50,14 @@ class Reader:
     def __call__(self,
         source: str, # "base" or a task
         name: str, # of a tensor
-    ) -> Tensor: # `ValueError` for NaN and infinity
+    ) -> Tensor: # `ValueError` for NaN, infinity, and a type with which nothing can be computed
         "One tensor."
         checkpoint = self.job.base if source == "base" else self.job.tasks[source]
         tensor = checkpoint[name]
         self.read.setdefault(source, {})[name] = entry_of(tensor)
-        if tensor.is_floating_point(): check_finite(name, tensor, f"{checkpoint.where}: tensor")
+        if not tensor.is_floating_point(): return tensor
+        if tensor.dtype.itemsize == 1: raise ValueError(f"{checkpoint.where}: tensor {name!r} is {tensor.dtype}, a type to store numbers in and not to compute with; convert it to bfloat16 first, with its scales.")
+        check_finite(name, tensor, f"{checkpoint.where}: tensor")
         return tensor
 
 # %% ../../nbs/scale/30c1_tensor_work.ipynb #664c27ea
@@ -68,12 +71,13 @@ def read_delta(
     task: str,
     planned: PlannedTensor, # what to read
     start: Tensor, # the base's tensor, or its rows that are worked on
-) -> Tensor: # theta_t - theta_0 in at least float32, of the shape of `start`; zero if the task lacks the tensor
+) -> Tensor: # theta_t - theta_0 in at least float32, of the shape of `start`; zero if the task lacks the tensor. `ValueError` where it does not fit
     "One tensor of a task vector."
     if task in planned.absent: return torch.zeros(start.shape, dtype=wide_dtype(start))
     tuned = read(task, planned.name)
     if planned.rows is not None: tuned = tuned[:planned.rows]
-    return tuned.to(wide_dtype(start, tuned), copy=True).sub_(start)
+    delta = tuned.to(wide_dtype(start, tuned), copy=True).sub_(start)
+    return fitting({planned.name: delta}, f"{read.job.tasks[task].where}: difference of tensor")[planned.name]
 
 # %% ../../nbs/scale/30c1_tensor_work.ipynb #3a4c2332
 def read_start(
@@ -109,15 +113,21 @@ def task_factors(
             [f] = layer_factors(delta.unsqueeze(0), planned.rank)
             factors[i].append(f)
             kept, total, rank = kept + f.S.double().square().sum().item(), total + _square(delta), rank + f.rank
-            if f.rank: facts["residual"] = max(facts["residual"], svd_residual(delta, *f).item())
-            del delta
+            x, unit = in_range(delta) # squares of 1e30 do not fit into float32
+            if f.rank: facts["residual"] = max(facts["residual"], svd_residual(x, f.U, f.S if unit is None else f.S / unit.flatten(), f.Vh).item())
+            del delta, x
         facts["rank"][task], facts["energy"][task] = rank, min(1., kept / total) if total else 1.
     return factors, facts
 
 # %% ../../nbs/scale/30c1_tensor_work.ipynb #adf7f094
 def _score(factors: Sequence[Factors]) -> float:
     "STI of one matrix."
-    return singular_task_interference(*stack_factors(factors)).item()
+    U, S, Vh = stack_factors(factors)
+    largest = S.max().item() if S.numel() else 0.
+    unit = 2.**math.frexp(largest)[1] if largest > 2**64 else 1. # the score is linear in S, and its sum would not fit into float32
+    score = singular_task_interference(U, S / unit, Vh).item() * unit
+    if not math.isfinite(score): raise ValueError("the interference of its tasks does not fit into float64; make the numbers of the checkpoints smaller.")
+    return score
 
 
 def merge_tensor(
@@ -176,6 +186,7 @@ def compress_tensor(
     same = planned.how == "copy" or task in planned.absent # as if it had not moved
     stored, dtype = whole.dtype if same else read.job.tasks[task].header(name).dtype, read.job.plan.options["dtype"]
     delta = torch.zeros(whole.shape, dtype=stored) if same else _completed(torch.zeros(()).expand(whole.shape), read_delta(read, task, planned, start).to(stored))
+    fitting({name: delta}, "difference of tensor")
     made = compress({name: delta}, max(1, planned.rank), dtype=dtype and getattr(torch, dtype), exclude=[name] if planned.how == "average" else [])
     facts = dict(dtype=str(stored).removeprefix("torch."))
     if name in made.dense: return {f"dense/{name}": made.dense[name]}, facts
