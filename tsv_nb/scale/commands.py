@@ -9,7 +9,6 @@ __all__ = ['merge_command', 'compress_command', 'open_archive', 'expand_command'
 # %% ../../nbs/scale/30d_commands.ipynb #c55bceb6
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastcore.meta import delegates
 
@@ -17,7 +16,7 @@ from ..compress import _KIND
 from ..console import run_command
 from .checkpoints import Checkpoint, open_checkpoint
 from .plan import make_plan
-from .running import carry_out, key_options, run_options, task_paths
+from .running import carry_out, key_options, run_options, task_paths, what_is_left
 from .summaries import compress_summary, finished_line, interference_table, merge_summary
 
 # %% ../../nbs/scale/30d_commands.ipynb #17a2b35a
@@ -129,29 +128,21 @@ def interference_command(
     return carry_out(plan, start, tuned, out, lambda report, out: f"{interference_table(report)}\n\nWritten to {out} in {report['session']['seconds']:.1f} s.", **running)
 
 # %% ../../nbs/scale/30d_commands.ipynb #18a8c13a
-def _stopped(options: dict) -> str:
-    "What happens to the work after Ctrl-C."
-    partial = Path(options["out"]).absolute()
-    partial = partial.with_name(partial.name + ".partial")
-    if not partial.exists(): return "Nothing had been begun."
-    return f"What is finished is in {partial}; the same command{', without --restart,' * options['restart']} goes on from there."
-
-
 def tsv_merge(argv: Sequence[str] | None = None) -> None: # arguments; None: those of the command line
     "The console command; `SystemExit` with a message, or with 130 after Ctrl-C."
-    run_command(merge_command, "tsv_merge", argv, _stopped)
+    run_command(merge_command, "tsv_merge", argv, what_is_left)
 
 
 def tsv_compress(argv: Sequence[str] | None = None) -> None: # arguments; None: those of the command line
     "The console command; `SystemExit` with a message, or with 130 after Ctrl-C."
-    run_command(compress_command, "tsv_compress", argv, _stopped)
+    run_command(compress_command, "tsv_compress", argv, what_is_left)
 
 
 def tsv_expand(argv: Sequence[str] | None = None) -> None: # arguments; None: those of the command line
     "The console command; `SystemExit` with a message, or with 130 after Ctrl-C."
-    run_command(expand_command, "tsv_expand", argv, _stopped)
+    run_command(expand_command, "tsv_expand", argv, what_is_left)
 
 
 def tsv_interference(argv: Sequence[str] | None = None) -> None: # arguments; None: those of the command line
     "The console command; `SystemExit` with a message, or with 130 after Ctrl-C."
-    run_command(interference_command, "tsv_interference", argv, _stopped)
+    run_command(interference_command, "tsv_interference", argv, what_is_left)

@@ -19,7 +19,6 @@ from ..console import run_command
 from ..merge import Treatment
 from ..polar import POLAR_METHODS
 from .checkpoints import open_checkpoint
-from .commands import _stopped
 from .lora import Adapter
 from .lora_base import save_applied
 from .lora_files import save_adapter
@@ -138,4 +137,4 @@ def tsv_lora(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
 ) -> None: # `SystemExit` with a message, or with 130 after Ctrl-C
     "The console command."
-    run_command(lora_command, "tsv_lora", argv, lambda options: _stopped(options) if options["merged"] else "Nothing was written.")
+    run_command(lora_command, "tsv_lora", argv, lambda options: what_is_left(options) if options["merged"] else "Nothing was written.")
