@@ -22,7 +22,8 @@ from .checkpoints import open_checkpoint
 from .lora import Adapter
 from .lora_base import save_applied
 from .lora_files import save_adapter
-from .lora_merge import _check_saved, lora_interference, lora_merge, lora_plan, named_adapters
+from .lora_merge import check_saved, lora_interference, lora_merge, lora_plan, named_adapters
+from .running import what_is_left
 from .tables import size_text
 
 # %% ../../nbs/scale/31f_lora_command.ipynb #96e83611
@@ -125,7 +126,7 @@ def lora_command(
     if not (out or plan or interference): raise ValueError("nothing to do: add --out FOLDER, --plan or --interference.")
     tasks = named_adapters(adapters, any_base)
     if interference: return _scores(tasks, rank, json)
-    if heads == "average": _check_saved(tasks)
+    if heads == "average": check_saved(tasks)
     todo, start, stored = lora_plan(tasks, rank, "average", any_base), open_checkpoint(base) if base else None, dtype and _DTYPES[dtype]
     if plan: return json_format.dumps({n: t._asdict() for n, t in todo.items()}, indent=1) if json else plan_table(tasks, todo, stored, heads, start.total_bytes if merged else None)
     result = lora_merge(tasks, rank, None if orthogonalize == "none" else orthogonalize, [alpha] * len(tasks), "average", heads, start, any_base)
