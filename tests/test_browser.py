@@ -127,8 +127,8 @@ class Reader:
     def run_all(self, seconds=300):
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        done = """() => { const last = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(o => o.textContent);
-                          return last.length && last.every(o => /^\\[\\d+\\]:$/.test(o.trim())) }"""
+        done = """() => { const last = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(o => o.textContent.trim()).filter(o => o); // a collapsed cell shows none
+                          return last.length && last.every(o => /^\\[\\d+\\]:$/.test(o)) }"""
         self.page.wait_for_function(done, timeout=1000 * seconds)
         failed = self.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
         assert not failed.count(), failed.first.inner_text()[-2000:]
