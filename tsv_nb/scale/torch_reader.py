@@ -28,14 +28,22 @@ from .safetensors_reader import Entry, plain_name, read_tensor
 class _Stream(io.RawIOBase):
     "A file that is read at positions, as a stream for `zipfile`."
     def __init__(self, file: LocalFile): self.file, self.at = file, 0
-    def readable(self) -> bool: return True
-    def seekable(self) -> bool: return True
-    def tell(self) -> int: return self.at
+    def readable(self) -> bool:
+        "Always."
+        return True
+    def seekable(self) -> bool:
+        "Always."
+        return True
+    def tell(self) -> int:
+        "The position."
+        return self.at
     def seek(self, offset: int, whence: int = 0) -> int:
+        "Go to a position, counted from the beginning, from here or from the end."
         self.at = offset + (0, self.at, self.file.size)[whence]
         if self.at < 0: raise ValueError("a position before its beginning")
         return self.at
     def readinto(self, b) -> int:
+        "Fill a buffer, as far as there are bytes."
         n = max(0, min(len(b), self.file.size - self.at))
         self.file.fill(memoryview(b)[:n], self.at)
         self.at += n
@@ -64,6 +72,7 @@ class _Storages:
     "What takes the place of storages: memory that does not exist, of the right size."
     def __init__(self): self.made, self.sizes, self.keys = {}, {}, {}
     def load(self, asked: tuple) -> torch.storage.TypedStorage: # raises `ValueError`
+        "What a pickle gets when it asks for a storage: one without numbers."
         kind, key, n = asked[1], asked[2], asked[4]
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
         if not isinstance(n, int) or n < 0 or asked[5:] not in ((), (None,)): raise ValueError(f"its storage {str(key)[:40]!r} is described in an unusual way")
