@@ -106,6 +106,22 @@ def test_tour_on_a_host_without_the_package(colab, host, wheel, tmp_path): # noq
     assert len(facts["tasks"]) == facts["n"] == 4 and "zero-shot" in out.stdout
 
 
+def test_pages_that_show_files_of_the_repository_get_them(colab, tmp_path):
+    "Opened alone, as on Colab; the repository is a stand-in with one file."
+    (tmp_path / "origin" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "origin" / "nbs" / "method").mkdir(parents=True)
+    for name in ("_quarto.yml", "benchmarks/x.json", "nbs/method/page.ipynb"): (tmp_path / "origin" / name).write_text("{}")
+    git = ["git", "-C", str(tmp_path / "origin"), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]): subprocess.run([*git, *command], check=True)
+    page = json.loads((ROOT / "nbs" / "method" / "07_beyond.ipynb").read_text(encoding="utf-8"))["cells"]
+    (cell,) = ["".join(c["source"]) for c in page if c["id"] == colab.CELL_ID]
+    code = f"import os; from IPython.core.interactiveshell import InteractiveShell as S\nfor _ in range(2): os.chdir({str(tmp_path)!r}); S.instance().run_cell({cell!r}).raise_error(); print(os.path.getsize('../../benchmarks/x.json'), os.getcwd())"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "TSV_NB_REPOSITORY": (tmp_path / "origin").as_uri()}, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0 and out.stdout.split() == ["2", str(tmp_path / "tsv-nb" / "nbs" / "method")] * 2, out.stdout + out.stderr
+    reads = {p.name for p in (ROOT / "nbs").rglob("*.ipynb") if "tsv-nb/nbs" in p.read_text(encoding="utf-8")}
+    assert {"07_beyond.ipynb", "11b_reconstruct_triton.ipynb", "13_benchmarks.ipynb", "24_evaluate.ipynb", "62_limits.ipynb", "64_references.ipynb"} <= reads and "05_merge.ipynb" not in reads
+
+
 def test_cell_does_nothing_where_the_package_is(colab):
     "With a source that does not exist: pip would fail."
     code = f"from IPython.core.interactiveshell import InteractiveShell as S; r = S.instance().run_cell({colab.setup_source('tour.ipynb')!r}); r.raise_error()"

@@ -144,7 +144,7 @@ def _problem(self: GuardedExecute, run, *args) -> str: # what is wrong, or ""
     self._restart()
     return said
 
-
+# %% ../../nbs/course/51b_autograder.ipynb #0e25552d
 @patch
 def _run_cell(self: GuardedExecute, cell, index: int) -> str:
     "Run a cell of the notebook; a test has to show its token, unless it failed in an ordinary way."

@@ -100,7 +100,7 @@ def reaching(
 ) -> Iterator[None]: # inside, errors become `FileNotFoundError`, `ConnectionError`, `OSError` or `ValueError`
     "Name the address in whatever a service raises."
     try: yield
-    except (ImportError, ValueError) as e: raise ValueError(f"{where} cannot be opened: {e}.") from e
+    except (ImportError, ValueError) as e: raise ValueError(f"{where} cannot be opened: {str(e).rstrip('.')}.") from e
     except Exception as e: # each service has errors of its own
         why = e.__cause__ if isinstance(e, FileNotFoundError) and _unreached(e.__cause__) else e # fsspec's http says that there is no file where there is no server
         if _unreached(why): raise ConnectionError(f"cannot reach {where} ({type(why).__name__}: {str(why)[:200]}); check the address and the network, or download it and give the folder.") from e

@@ -157,20 +157,36 @@ class Checkpoint(Mapping):
     def __len__(self) -> int: return len(self.home)
     def __repr__(self) -> str: return f"Checkpoint({self.where}: {len(self)} tensors, {self.total_bytes} bytes)"
     def __reduce__(self): return _reopen, (self.source if self.path else [(k, self.tied.get(k, t)) for k, t in self.readers[0].tensors.items()], self.strict, self.fingerprint())
-    def header(self, name: str) -> Tensor: # of its shape and type; its memory is a single number
-        "What is known of a tensor without reading it."
-        return self.home[name].entries[name].blank()
-    def nbytes(self, name: str) -> int:
-        "Bytes of one tensor."
-        return self.home[name].entries[name].nbytes
-    @property
-    def total_bytes(self) -> int: # tied weights count once
-        "Bytes of all tensors."
-        return sum(self.nbytes(name) for name in self if name not in self.tied)
-    @property
-    def nbytes_held(self) -> int:
-        "Bytes that are in memory in any case: those of a model in memory."
-        return sum(getattr(r, "nbytes_held", 0) for r in self.readers)
+
+# %% ../../nbs/scale/30_checkpoints.ipynb #77a7a482
+@patch
+def header(
+    self: Checkpoint,
+    name: str, # of a tensor
+) -> Tensor: # of its shape and type; its memory is a single number
+    "What is known of a tensor without reading it."
+    return self.home[name].entries[name].blank()
+
+
+@patch
+def nbytes(
+    self: Checkpoint,
+    name: str, # of a tensor
+) -> int:
+    "Bytes of one tensor."
+    return self.home[name].entries[name].nbytes
+
+
+@patch(as_prop=True)
+def total_bytes(self: Checkpoint) -> int: # tied weights count once
+    "Bytes of all tensors."
+    return sum(self.nbytes(name) for name in self if name not in self.tied)
+
+
+@patch(as_prop=True)
+def nbytes_held(self: Checkpoint) -> int:
+    "Bytes that are in memory in any case: those of a model in memory."
+    return sum(getattr(r, "nbytes_held", 0) for r in self.readers)
 
 # %% ../../nbs/scale/30_checkpoints.ipynb #1f666b3d
 def _reader(path: str, strict: bool) -> SafetensorsReader | TorchReader:

@@ -120,7 +120,7 @@ def plan_table(plan: Plan) -> str: # at most 80 columns
     tasks, files = len(plan.inputs) - 1, len(plan.shards)
     totals = [f"reads {size_text(plan.bytes_read)}, " + (f"writes {size_text(plan.bytes_written)} to {files} file{'s' * (files != 1)}" if files else "writes nothing"),
               f"peak memory {size_text(plan.peak_bytes)}, at most, above what Python and PyTorch take (about 0.5 GB)", f"takes {time_text(plan.seconds)} on {plan.options['threads']} thread{'s' * (plan.options['threads'] > 1)}; usually less, down to a fifth"]
-    return lay_out(f"{plan.command}: {len(plan.tensors)} tensors, {tasks} task{'s' * (tasks != 1)}, {len(plan.units)} unit{'s' * (len(plan.units) != 1)} of work", list(zip(heads, tables)), plan.notes, totals)
+    return lay_out(f"{plan.command}: {len(plan.tensors)} tensor{'s' * (len(plan.tensors) != 1)}, {tasks} task{'s' * (tasks != 1)}, {len(plan.units)} unit{'s' * (len(plan.units) != 1)} of work", list(zip(heads, tables)), plan.notes, totals)
 
 # %% ../../nbs/scale/30b1_planned.ipynb #14a62c25
 @patch

@@ -38,7 +38,7 @@ def merge_summary(
     "What a merge has done, in a few lines."
     merged = [e for e in report["tensors"].values() if e["how"] == "merge"]
     others = {how: sum(e["how"] == how for e in report["tensors"].values()) for how in ("average", "copy")}
-    lines = [f"{len(merged)} tensors merged, {others['average']} averaged, {others['copy']} copied from the base."]
+    lines = [f"{len(merged)} tensor{'s' * (len(merged) != 1)} merged, {others['average']} averaged, {others['copy']} copied from the base."]
     if merged:
         before, after = (sum(e["interference"][when] for e in merged) for when in ("before", "after"))
         lines.append(f"Interference (STI, sum over layers): {before:.4g} before, {after:.2g} after.")
@@ -51,7 +51,7 @@ def compress_summary(
 ) -> str: # at most 80 columns
     "What a compression has done, in a few lines."
     small = [e for e in report["tensors"].values() if "rank" in e]
-    return "\n".join([f"{len(small)} tensors stored as factors, {len(report['tensors']) - len(small)} whole or not at all.", *energy_line(small), finished_line(report, out)])
+    return "\n".join([f"{len(small)} tensor{'s' * (len(small) != 1)} stored as factors, {len(report['tensors']) - len(small)} whole or not at all.", *energy_line(small), finished_line(report, out)])
 
 # %% ../../nbs/scale/30d2_summaries.ipynb #4a8f8f20
 def interference_table(
