@@ -12,8 +12,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tsv_nb import console
+from tsv_nb.scale.lora import Adapter, LoraLayer
+from tsv_nb.scale.lora_files import save_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = configparser.ConfigParser(delimiters=["="], interpolation=None)
@@ -122,10 +126,44 @@ BEGUN = {"tsv_demo": "compressed", "tsv_finetune": "glyph/digitsVal/checkpoint.p
 AFTER = {"tsv_demo": "Towers that are fine-tuned are kept", "tsv_finetune": "goes on from the last checkpoint.", "tsv_eval": "What is known is in "}
 
 
-@pytest.mark.parametrize("name", SHORT)
-def test_quiet_says_nothing(name, tmp_path):
-    done = run(name, *SHORT[name], "--quiet", "--out", tmp_path / "out")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and any((tmp_path / "out").rglob("*.*"))
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "Checkpoints, an archive and adapters with long names, to be given to the commands."
+    folder, g = tmp_path_factory.mktemp("files"), torch.Generator().manual_seed(0)
+    state = {f"model.layers.{i}.a_name_as_long_as_they_are_in_language_models.weight": torch.randn(24, 16, generator=g) for i in range(2)} | {"bias": torch.randn(24, generator=g)}
+    tasks = [f"{kind}_a_task_of_many_words" for kind in "abcdefgh"]
+    for name in ("base", *tasks): save_file({n: t + .1 * torch.randn(t.shape, generator=g) for n, t in state.items()}, folder / f"{name}.safetensors")
+    run("tsv_compress", "base.safetensors", f"{tasks[0]}.safetensors", "--out", "archive.safetensors", cwd=folder)
+    for t in tasks: save_adapter(Adapter({n: LoraLayer(torch.randn(24, 2, generator=g), torch.randn(2, 16, generator=g)) for n in state if n != "bias"}, config=dict(base_model_name_or_path="base", peft_type="LORA")), folder / "adapters" / t)
+    return folder, [f"{t}.safetensors" for t in tasks], [f"adapters/{t}" for t in tasks]
+
+
+def small(name, files):
+    "Arguments for a command that takes seconds, without --out; the folder to run it in; the name of its output."
+    folder, tasks, adapters = files
+    argv = {"tsv_merge": ["base.safetensors", *tasks, "--rank", "2"], "tsv_compress": ["base.safetensors", tasks[0]], "tsv_expand": ["base.safetensors", "archive.safetensors"], "tsv_interference": ["base.safetensors", *tasks, "--rank", "2"], "tsv_lora": adapters}
+    return SHORT.get(name) or argv[name], folder, {"tsv_compress": "out.safetensors", "tsv_interference": "out.json"}.get(name, "out")
+
+
+WRITERS = [name for name in SCRIPTS if name != "tsv_course"] # that one has its own: its folder is an argument
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_quiet_says_nothing(name, files, tmp_path):
+    argv, folder, out = small(name, files)
+    done = run(name, *argv, "--quiet", "--out", tmp_path / out, cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name not in SHORT])
+def test_what_is_said_fits_80_columns(name, files, tmp_path):
+    "Of eight tasks with long names, and tensors with longer ones."
+    argv, folder, out = small(name, files)
+    os.symlink(folder, tmp_path / "files") # paths are as short as the person's who types them
+    done = run(name, *(f"files/{a}" if (folder / a).exists() else a for a in argv), "--out", out, cwd=tmp_path)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 2
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+    if name == "tsv_interference": assert {line.split()[0] for line in done.stdout.split("pairs")[-1].splitlines()[1:3]} == {"g_a_task_of_ma", "h_a_task_of_ma"}
 
 
 @pytest.mark.parametrize("name", SHORT)

@@ -64,7 +64,13 @@ def names_a_method_without_its_color(code):
     code = re.sub(r"(title|label)\(?=?[rf]*\"[^\"]*\"|#\|.*", "", code)
     drawn = re.search(r"\.(plot|bar|barh|semilogx|semilogy|loglog)\(", code)
     named = any(f'"{m}"' in code for m in METHOD_COLORS)
-    return bool(drawn and named and not re.search(r"method_color\(|accuracy_bars\(|accuracy_radar\(|#[0-9A-Fa-f]{6}", code))
+    return bool(drawn and named and not re.search(r"method_color\(|accuracy_bars\(|accuracy_radar\(", code))
+
+
+def without_unit(code):
+    "Axis labels that name a quantity and not its unit; for STI, its norm."
+    labels = re.findall(r'[xy]label(?:=|\()[rf]*"([^"]*)"', code)
+    return [label for label in labels if re.search(r"\b(accuracy|STI|interference|time|memory|bytes|size)\b", label) and "(" not in label]
 
 
 def test_there_are_figures(): assert len(figures()) > 60
@@ -88,6 +94,11 @@ def test_letters_are_legible_at_column_width():
 
 def test_figures_have_title_and_axis_labels():
     bad = [(p.name, unlabelled(source(c)), source(c).strip().splitlines()[-1][:60]) for p, c in figures() if unlabelled(source(c)) and "Image(" not in source(c)]
+    assert not bad, bad
+
+
+def test_quantities_on_axes_have_a_unit():
+    bad = [(p.name, without_unit(source(c))) for p, c in figures() if without_unit(source(c))]
     assert not bad, bad
 
 
@@ -117,7 +128,10 @@ def test_library_figures_use_the_color_of_the_method():
     ('ax.plot(x, color="#123456")', strange_colors, {"#123456"}),
     ('ax.bar(x, y, color="tab:red")', strange_colors, {"tab:red"}),
     ('for n in ("TSV-M", "TIES"): ax.plot(x, label=n)', names_a_method_without_its_color, True),
+    ('for n in ("TSV-M", "x"): ax.plot(x, label=n, color="#0072B2")', names_a_method_without_its_color, True),
     ('ax.plot(x, color=method_color("TSV-M"))', names_a_method_without_its_color, False),
+    ('ax.set(xlabel="task", ylabel="STI")', without_unit, ["STI"]),
+    ('plt.xlabel("time (s)"); plt.ylabel(r"mean accuracy")', without_unit, ["mean accuracy"]),
     ('plt.legend(fontsize=5)', lambda c: smallest_letters(c, 500) < SMALLEST, True),
     ('plt.plot(x)', lambda c: smallest_letters(c, 1100) < SMALLEST, True),
     ('plt.plot(x)', lambda c: smallest_letters(c, 750) < SMALLEST, False),

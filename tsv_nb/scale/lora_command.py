@@ -24,7 +24,7 @@ from .lora_base import save_applied
 from .lora_files import save_adapter
 from .lora_merge import check_saved, lora_interference, lora_merge, lora_plan, named_adapters
 from .running import what_is_left
-from .tables import size_text
+from .tables import size_text, wrapped
 
 # %% ../../nbs/scale/31f_lora_command.ipynb #96e83611
 def _ranks(adapters: Mapping[str, Adapter], name: str, t: Treatment) -> list[int]:
@@ -99,7 +99,7 @@ def _done(merged: Adapter, path: Path, tasks: Sequence[str]) -> str:
     lines = [f"{len(tasks)} adapters, {len(ranks)} weights, {_said(ranks)}; {kept} of the energy of every task is kept."]
     lines += [f"{t}: no adapter on {n} of {len(ranks)} weights; it counted as zero there." for t in tasks if (n := sum(t in o["without"] for o in merged.report.values()))]
     if small: lines.append(f"Averaged, because too small for {len(tasks)} tasks: {', '.join(small[:3])}{' …' * (len(small) > 3)}.")
-    return "\n".join([*lines, f"Written to {path}"])
+    return "\n".join(map(wrapped, [*lines, f"Written to {path}"]))
 
 # %% ../../nbs/scale/31f_lora_command.ipynb #bd66bfe8
 def lora_command(

@@ -8,19 +8,19 @@ __all__ = ['finished_line', 'energy_line', 'merge_summary', 'compress_summary', 
 # %% ../../nbs/scale/30d2_summaries.ipynb #953f48f1
 from collections.abc import Iterable
 
-from .tables import size_text
+from .tables import size_text, wrapped
 
 # %% ../../nbs/scale/30d2_summaries.ipynb #95e60af5
 def finished_line(
     report: dict, # of a run
     out: str, # what was written
-) -> str:
-    "The last line of a command."
+) -> str: # at most 80 columns, unless `out` is longer
+    "The last line of a command, or two."
     session = report["session"]
     peak, before = session["peak_rss"], session.get("rss_at_start") # what Python and PyTorch take is not in the plan
     memory = f"; memory rose by at most {size_text(max(0, peak - before))} to {size_text(peak)}" if peak and before else ""
     kept = f" ({session['resumed']} of {session['units']} pieces were there already)" if session["resumed"] else ""
-    return f"Written to {out}: {size_text(sum(f['bytes'] for f in report['files'].values()))} in {session['seconds']:.1f} s{memory}{kept}."
+    return wrapped(f"Written to {out}: {size_text(sum(f['bytes'] for f in report['files'].values()))} in {session['seconds']:.1f} s{memory}{kept}.")
 
 # %% ../../nbs/scale/30d2_summaries.ipynb #f9ebdacc
 def energy_line(
@@ -64,9 +64,10 @@ def interference_table(
     lines = [f"{'STI':>12}  layer ({len(worst)} of {len(scores)}, the highest; sum of absolute entries)"]
     lines += [f"{scores[name]:12.4g}  {name if len(name) <= 66 else '…' + name[-65:]}" for name in worst] + [f"{sum(scores.values()):12.4g}  all layers together", ""]
     pairs, tasks = pair_sums(report), [o for o in report["inputs"] if o != "base"]
-    shown = tasks[:6] # columns that fit
-    lines += [f"{'pairs':>14}" + "".join(f"{t[:10]:>11}" for t in shown)]
-    return "\n".join(lines + [f"{t[:14]:>14}" + "".join(f"{x:11.4g}" for x in row[:len(shown)]) for t, row in zip(tasks, pairs)])
+    for i in range(0, len(tasks), 6): # columns that fit; rows further up would say the same once more
+        lines += [f"{'pairs':>14}" + "".join(f"{t[:10]:>11}" for t in tasks[i:i + 6])]
+        lines += [f"{t[:14]:>14}" + "".join(f"{x:11.4g}" for x in row[i:i + 6]) for t, row in zip(tasks[i:], pairs[i:])]
+    return "\n".join(lines)
 
 
 def pair_sums(
