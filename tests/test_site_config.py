@@ -237,11 +237,25 @@ def test_links_to_equations_lead_to_one(processed):
         assert label in equations + figures, f"{page} links to {target}#{label}"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.startswith(("method/", "kernels/")) and not p.endswith("00_notation.ipynb")])
+def written(page): return "\n".join(source(c) for c in cells(ROOT / "nbs" / page) if c["cell_type"] == "markdown")
+
+
+def symbols(page):
+    "How many formulas the text of a page has."
+    return len(re.findall(r"\$\$.+?\$\$|(?<!\$)\$[^$\n]+\$(?!\$)", written(page), re.DOTALL))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if not p.endswith("00_notation.ipynb") and (p.startswith(("method/", "kernels/")) or symbols(p) >= 5)])
 def test_pages_with_symbols_link_to_the_notation(page):
-    first = "\n".join(source(c) for c in [c for c in cells(ROOT / "nbs" / page) if c["cell_type"] == "markdown"][:2])
-    target = "00_notation.ipynb" if page.startswith("method/") else "../method/00_notation.ipynb"
+    first = "\n".join(source(c) for c in [c for c in cells(ROOT / "nbs" / page) if c["cell_type"] == "markdown"][:3])
+    target = "00_notation.ipynb" if page.startswith("method/") else "method/00_notation.ipynb" if "/" not in page else "../method/00_notation.ipynb"
     assert f"]({target})" in first
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_displayed_equations_have_numbers(page):
+    bare = re.findall(r"\$\$[^$]+\$\$(?! *\{#eq-[\w-]+\})", written(page))
+    assert not bare, f"{page}: an equation without {{#eq-NAME}}: {bare[0]}"
 
 
 # the API index

