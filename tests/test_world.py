@@ -265,7 +265,7 @@ def test_readme_says_what_was_measured():
     root = Path(__file__).resolve().parent.parent
     if not (root / "README.md").exists(): pytest.skip("needs the source tree")
     text, run = (root / "README.md").read_text(encoding="utf-8"), json.loads((root / "benchmarks" / "results" / "world.json").read_text())["runs"][0]
-    assert len(run["tasks"]) == 8 and run["seed"] == 0
+    assert (run["tasks"], run["seed"]) == (8, 0)
     said = {method: f"{score['absolute']:.0f}%" for method, score in run["mean"].items()}
     for name, method in {"zero-shot": "zero-shot", "weight average": "weight average", "Task Arithmetic": "Task Arithmetic", "TSV-Merge": "TSV-M", "TSV-Compress": "TSV-C 0.1", "one fine-tuned network per task": "fine-tuned"}.items():
         assert f"{name} {said[method]}" in text, name
