@@ -15,6 +15,7 @@ from safetensors import safe_open
 pytest.importorskip("nbgrader")
 sys.path.insert(0, str(Path(__file__).with_name("course")))
 from grading import CASES, STUDENTS, environment, exported, hidden_lines, meta, nbgrader, read, run_course, scores, source, submit # noqa: E402
+from messages import leaks # noqa: E402
 
 SETS = sorted(CASES)
 
@@ -103,6 +104,26 @@ def test_messages_say_what_is_wrong(courses, ps):
     said = [o["evalue"] for outputs in errors("hostile").values() for o in outputs if o["ename"] in ("Stopped", "NotCounted")]
     for reason in ("did not finish within", "while a submission is graded"): assert any(reason in s for s in said), said
     assert any(o["ename"] in ("SyntaxError", "IndentationError") for outputs in errors("hostile").values() for o in outputs)
+
+
+@pytest.mark.parametrize("ps", SETS)
+def test_messages_do_not_tell_what_was_expected(ps):
+    from tsv_nb.course.setup import course_sources
+    assert leaks(read(course_sources() / ps / f"{ps}.ipynb")["cells"]) == []
+
+
+@pytest.mark.parametrize("test", [
+    'got, want = answer(3), 2 * 21\nif not (got == want): raise CheckFailed(f"{got}, it should be {want}")',
+    'got, want = answer(3), 2 * 21\nif not (got == want): raise CheckFailed(f"off by {got - want}")',
+    'for k, right in ((1, 14), (3, 42)):\n    if not (answer(k) == right): raise CheckFailed(f"k = {k}: not {right}")',
+    'if not (answer(3) == 42): raise CheckFailed("there are 42 of them")',
+    'want = 42\ncheck_equal(answer(3), want, "answer", f"Think of {want}.")'])
+def test_a_message_that_tells_is_found(test):
+    "The rule of the test above, on five messages that break it."
+    def cell(source, **kinds): return dict(cell_type="code", source=source, metadata=dict(nbgrader=dict(dict(grade=False, solution=False, grade_id="a"), **kinds)))
+    given = cell("def answer(k): return 14 * k", solution=True)
+    assert len(leaks([given, cell(f"### BEGIN HIDDEN TESTS\n{test}", grade=True)])) == 1
+    assert not leaks([given, cell('### BEGIN HIDDEN TESTS\nfor k in (1, 3):\n    got = answer(k)\n    if not (got == 14 * k): raise CheckFailed(f"k = {k}: {got} is not right")', grade=True)])
 
 
 def test_the_hostile_submission_of_the_first_set_meets_every_measure(courses):
