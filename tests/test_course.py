@@ -126,6 +126,31 @@ def test_a_message_that_tells_is_found(test):
     assert not leaks([given, cell('### BEGIN HIDDEN TESTS\nfor k in (1, 3):\n    got = answer(k)\n    if not (got == 14 * k): raise CheckFailed(f"k = {k}: {got} is not right")', grade=True)])
 
 
+@pytest.mark.parametrize("ps", SETS)
+def test_the_rubric_has_every_written_answer(ps):
+    "A section for each, whose points add up to those of the cell."
+    from tsv_nb.course.setup import course_sources
+    sections = {title: text for title, text in re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", (course_sources() / ps / "rubric.md").read_text(encoding="utf-8"), re.S | re.M)}
+    cells, seen = read(course_sources() / ps / f"{ps}.ipynb")["cells"], set()
+    for text, c in zip(cells, cells[1:]):
+        if not (meta(c).get("grade") and meta(c)["solution"]): continue
+        (label, points), = re.findall(r"\*\*([^*(]+?) \((\d+) points", source(text))
+        (title,) = [t for t in sections if re.match(rf"{label}\b", t)]
+        assert int(points) == meta(c)["points"] == sum(map(int, re.findall(r"^- (\d+): ", sections[title], re.M))), meta(c)["grade_id"]
+        assert title.endswith(f"({points} points)")
+        seen.add(title)
+    assert seen == set(sections)
+
+
+def test_the_instructor_notes_are_complete():
+    cells = read(Path(__file__).parents[1] / "nbs" / "course" / "52_instructor_notes.ipynb")["cells"]
+    text = "\n".join(source(c) for c in cells)
+    sections = {title: part for title, part in re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", text, re.S | re.M)}
+    for title, words in {"Goals": ["PS1", "PS2", "PS3"], "Three weeks": ["week", "PS1", "PS2", "PS3"], "One day": ["time", "PS1", "PS2", "PS3"],
+                         "What goes wrong, and what the tests say": ["| PS1 |", "| PS2 |", "| PS3 |"], "Another year, other numbers": ["--seed", "make_course("]}.items():
+        assert title in sections and not [w for w in words if w not in sections[title]], title
+
+
 def test_the_hostile_submission_of_the_first_set_meets_every_measure(courses):
     cells = read(courses["ps1"] / "autograded" / "hostile" / "ps1" / "ps1.ipynb")["cells"]
     text = json.dumps([o for c in cells for o in c.get("outputs", [])])
