@@ -151,6 +151,15 @@ def test_the_instructor_notes_are_complete():
         assert title in sections and not [w for w in words if w not in sections[title]], title
 
 
+def test_every_submission_is_graded_in_three_minutes():
+    "The last record of benchmarks/course.py, which grades each submission alone."
+    record = read(Path(__file__).parents[1] / "benchmarks" / "results" / "course.json")
+    assert record["environment"]["cores"] <= 2
+    seconds = {(r["problem_set"], r["submission"]): r["seconds"] for r in record["submissions"]}
+    assert sorted(seconds) == sorted((ps, s) for ps in SETS for s in STUDENTS)
+    assert max(seconds.values()) < 180
+
+
 def test_the_hostile_submission_of_the_first_set_meets_every_measure(courses):
     cells = read(courses["ps1"] / "autograded" / "hostile" / "ps1" / "ps1.ipynb")["cells"]
     text = json.dumps([o for c in cells for o in c.get("outputs", [])])
