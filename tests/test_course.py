@@ -160,6 +160,13 @@ def test_every_submission_is_graded_in_three_minutes():
     assert max(seconds.values()) < 180
 
 
+def test_grading_has_no_network(tmp_path):
+    "What the tests run finds a proxy that nobody answers, so a request fails wherever it goes."
+    code = "import urllib.request as u\nfor url in ('http://example.org', 'https://example.org'):\n    try: u.urlopen(url, timeout=20)\n    except OSError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    assert done.stdout.lower().count("refused") == 2, done
+
+
 def test_the_hostile_submission_of_the_first_set_meets_every_measure(courses):
     cells = read(courses["ps1"] / "autograded" / "hostile" / "ps1" / "ps1.ipynb")["cells"]
     text = json.dumps([o for c in cells for o in c.get("outputs", [])])
