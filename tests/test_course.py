@@ -167,10 +167,65 @@ def test_grading_has_no_network(tmp_path):
     assert done.stdout.lower().count("refused") == 2, done
 
 
+# Ways to a file that is none of the submission's business; P is its path. The last one breaks os.path, so nothing follows it.
+ATTACKS = {
+    "open": "open(P).read()",
+    "C library by ctypes": "ctypes.pythonapi.fopen(P.encode(), b'r')",
+    "C library by its name": "ctypes.CDLL(None).fopen(P.encode(), b'r')",
+    "C library by cffi": "pytest.importorskip('cffi').FFI().dlopen(None)",
+    "torch": "bytes(torch.from_file(P, size=6, dtype=torch.uint8).tolist())",
+    "torch operator": "bytes(torch.ops.aten.from_file(P, size=6, dtype=torch.uint8).tolist())",
+    "storage": "bytes(torch.UntypedStorage.from_file(P, False, 6).tolist())",
+    "typed storage": "bytes(torch.ByteStorage.from_file(P, False, 6).tolist())",
+    "database": "sqlite3.connect(':memory:').execute(f'attach {P!r} as g')",
+    "string that lies": "open(type('S', (str,), dict(partition=lambda s, x: ('tmp', '', ''), startswith=lambda s, *x: True, __getitem__=lambda s, i: 'tmp'))(P)).read()",
+    "bytes that lie": "open(type('B', (bytes,), dict(decode=lambda s, *x: '/tmp'))(P.encode())).read()",
+    "relative to a folder": "os.read(os.open('source/tests.py', os.O_RDONLY, dir_fd=os.open(os.path.dirname(os.path.dirname(P)), os.O_RDONLY)), 6)",
+    "replaced rule": "[setattr(grading, 'refused', lambda *x: ''), setattr(grading, 'PRIVATE', ()), setattr(os.path, 'realpath', lambda p: '/tmp'), open(P).read()]",
+}
+GUARDED = "import ctypes, os, sqlite3, sys, pytest, torch\nfrom tsv_nb.course import grading\nP = sys.argv[1]\ngrading.guard(os.path.dirname(os.path.dirname(P)), sys.argv[2])\n"
+
+
+def guarded(tmp_path, code):
+    "What a program prints that runs under the guard, and what was refused."
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "tests.py").write_text("SECRET")
+    done = subprocess.run([sys.executable, "-c", GUARDED + code, tmp_path / "source" / "tests.py", tmp_path / "log"], env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr, (tmp_path / "log").read_text()
+
+
+def test_the_guard_refuses_and_notes(tmp_path):
+    said, log = guarded(tmp_path, f"""for name, code in {ATTACKS}.items():
+    before = os.stat(sys.argv[2]).st_size
+    try: print(name, 'reached', eval(code))
+    except OSError: pass
+    if os.stat(sys.argv[2]).st_size == before: print(name, 'not noted')
+print('end')""")
+    assert "end" in said.splitlines() and not re.findall("(.*) (?:reached|not noted)", said) and "SECRET" not in said, said
+
+
+def test_the_guard_lets_honest_work_pass(tmp_path):
+    "Figures, weights and arrays are read and written, and a kernel runs in Triton's interpreter."
+    pytest.importorskip("triton")
+    (tmp_path / "kernel.py").write_text("import triton, triton.language as tl\n@triton.jit\ndef double(x_ptr, N: tl.constexpr):\n    offs = tl.arange(0, N)\n    tl.store(x_ptr + offs, 2 * tl.load(x_ptr + offs))\n")
+    said, log = guarded(tmp_path, """os.environ['TRITON_INTERPRET'] = '1'
+import matplotlib, numpy, safetensors.torch
+matplotlib.use('agg')
+import matplotlib.pyplot as plt
+from kernel import double
+x = torch.ones(16)
+double[(1,)](x, 16)
+plt.plot(x); plt.savefig('figure.png')
+numpy.save('x.npy', x.numpy()); torch.save(x, 'x.pt'); safetensors.torch.save_file({'x': x}, 'x.safetensors')
+print(numpy.load('x.npy').sum(), torch.load('x.pt', mmap=True).sum(), safetensors.torch.load_file('x.safetensors')['x'].sum(), torch.linalg.svdvals(torch.eye(3)).sum())""")
+    assert said.split() == ["32.0", "tensor(32.)", "tensor(32.)", "tensor(3.)"] and log == "", (said, log)
+
+
 def test_the_hostile_submission_of_the_first_set_meets_every_measure(courses):
     cells = read(courses["ps1"] / "autograded" / "hostile" / "ps1" / "ps1.ipynb")["cells"]
     text = json.dumps([o for c in cells for o in c.get("outputs", [])])
-    for reason in ("the tests could not be trusted", "process died", "allocate memory", "notebooks cannot be opened"): assert reason in text
+    for reason in ("the tests could not be trusted", "process died", "allocate memory", "notebooks cannot be opened", "ctypes.dlsym is not allowed", "torch.from_file is not allowed"): assert reason in text
+    assert "read below Python" not in text
     page = (courses["ps1"] / "feedback" / "hostile" / "ps1" / "ps1.html").read_text(encoding="utf-8")
     assert "repeats a part of the hidden tests" in page # the error that quotes the test is not shown
 
