@@ -15,6 +15,7 @@ from safetensors import safe_open
 pytest.importorskip("nbgrader")
 sys.path.insert(0, str(Path(__file__).with_name("course")))
 from grading import CASES, STUDENTS, environment, exported, hidden_lines, meta, nbgrader, read, run_course, scores, source, submit # noqa: E402
+from messages import leaks # noqa: E402
 
 SETS = sorted(CASES)
 
@@ -105,10 +106,126 @@ def test_messages_say_what_is_wrong(courses, ps):
     assert any(o["ename"] in ("SyntaxError", "IndentationError") for outputs in errors("hostile").values() for o in outputs)
 
 
+@pytest.mark.parametrize("ps", SETS)
+def test_messages_do_not_tell_what_was_expected(ps):
+    from tsv_nb.course.setup import course_sources
+    assert leaks(read(course_sources() / ps / f"{ps}.ipynb")["cells"]) == []
+
+
+@pytest.mark.parametrize("test", [
+    'got, want = answer(3), 2 * 21\nif not (got == want): raise CheckFailed(f"{got}, it should be {want}")',
+    'got, want = answer(3), 2 * 21\nif not (got == want): raise CheckFailed(f"off by {got - want}")',
+    'for k, right in ((1, 14), (3, 42)):\n    if not (answer(k) == right): raise CheckFailed(f"k = {k}: not {right}")',
+    'if not (answer(3) == 42): raise CheckFailed("there are 42 of them")',
+    'want = 42\ncheck_equal(answer(3), want, "answer", f"Think of {want}.")'])
+def test_a_message_that_tells_is_found(test):
+    "The rule of the test above, on five messages that break it."
+    def cell(source, **kinds): return dict(cell_type="code", source=source, metadata=dict(nbgrader=dict(dict(grade=False, solution=False, grade_id="a"), **kinds)))
+    given = cell("def answer(k): return 14 * k", solution=True)
+    assert len(leaks([given, cell(f"### BEGIN HIDDEN TESTS\n{test}", grade=True)])) == 1
+    assert not leaks([given, cell('### BEGIN HIDDEN TESTS\nfor k in (1, 3):\n    got = answer(k)\n    if not (got == 14 * k): raise CheckFailed(f"k = {k}: {got} is not right")', grade=True)])
+
+
+@pytest.mark.parametrize("ps", SETS)
+def test_the_rubric_has_every_written_answer(ps):
+    "A section for each, whose points add up to those of the cell."
+    from tsv_nb.course.setup import course_sources
+    sections = {title: text for title, text in re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", (course_sources() / ps / "rubric.md").read_text(encoding="utf-8"), re.S | re.M)}
+    cells, seen = read(course_sources() / ps / f"{ps}.ipynb")["cells"], set()
+    for text, c in zip(cells, cells[1:]):
+        if not (meta(c).get("grade") and meta(c)["solution"]): continue
+        (label, points), = re.findall(r"\*\*([^*(]+?) \((\d+) points", source(text))
+        (title,) = [t for t in sections if re.match(rf"{label}\b", t)]
+        assert int(points) == meta(c)["points"] == sum(map(int, re.findall(r"^- (\d+): ", sections[title], re.M))), meta(c)["grade_id"]
+        assert title.endswith(f"({points} points)")
+        seen.add(title)
+    assert seen == set(sections)
+
+
+def test_the_instructor_notes_are_complete():
+    cells = read(Path(__file__).parents[1] / "nbs" / "course" / "52_instructor_notes.ipynb")["cells"]
+    text = "\n".join(source(c) for c in cells)
+    sections = {title: part for title, part in re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", text, re.S | re.M)}
+    for title, words in {"Goals": ["PS1", "PS2", "PS3"], "Three weeks": ["week", "PS1", "PS2", "PS3"], "One day": ["time", "PS1", "PS2", "PS3"],
+                         "What goes wrong, and what the tests say": ["| PS1 |", "| PS2 |", "| PS3 |"], "Another year, other numbers": ["--seed", "make_course("]}.items():
+        assert title in sections and not [w for w in words if w not in sections[title]], title
+
+
+def test_every_submission_is_graded_in_three_minutes():
+    "The last record of benchmarks/course.py, which grades each submission alone."
+    record = read(Path(__file__).parents[1] / "benchmarks" / "results" / "course.json")
+    assert record["environment"]["cores"] <= 2
+    seconds = {(r["problem_set"], r["submission"]): r["seconds"] for r in record["submissions"]}
+    assert sorted(seconds) == sorted((ps, s) for ps in SETS for s in STUDENTS)
+    assert max(seconds.values()) < 180
+
+
+def test_grading_has_no_network(tmp_path):
+    "What the tests run finds a proxy that nobody answers, so a request fails wherever it goes."
+    code = "import urllib.request as u\nfor url in ('http://example.org', 'https://example.org'):\n    try: u.urlopen(url, timeout=20)\n    except OSError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    assert done.stdout.lower().count("refused") == 2, done
+
+
+# Ways to a file that is none of the submission's business; P is its path. The last one breaks os.path, so nothing follows it.
+ATTACKS = {
+    "open": "open(P).read()",
+    "C library by ctypes": "ctypes.pythonapi.fopen(P.encode(), b'r')",
+    "C library by its name": "ctypes.CDLL(None).fopen(P.encode(), b'r')",
+    "C library by cffi": "pytest.importorskip('cffi').FFI().dlopen(None)",
+    "torch": "bytes(torch.from_file(P, size=6, dtype=torch.uint8).tolist())",
+    "torch operator": "bytes(torch.ops.aten.from_file(P, size=6, dtype=torch.uint8).tolist())",
+    "storage": "bytes(torch.UntypedStorage.from_file(P, False, 6).tolist())",
+    "typed storage": "bytes(torch.ByteStorage.from_file(P, False, 6).tolist())",
+    "database": "sqlite3.connect(':memory:').execute(f'attach {P!r} as g')",
+    "string that lies": "open(type('S', (str,), dict(partition=lambda s, x: ('tmp', '', ''), startswith=lambda s, *x: True, __getitem__=lambda s, i: 'tmp'))(P)).read()",
+    "bytes that lie": "open(type('B', (bytes,), dict(decode=lambda s, *x: '/tmp'))(P.encode())).read()",
+    "relative to a folder": "os.read(os.open('source/tests.py', os.O_RDONLY, dir_fd=os.open(os.path.dirname(os.path.dirname(P)), os.O_RDONLY)), 6)",
+    "replaced rule": "[setattr(grading, 'refused', lambda *x: ''), setattr(grading, 'PRIVATE', ()), setattr(os.path, 'realpath', lambda p: '/tmp'), open(P).read()]",
+}
+GUARDED = "import ctypes, os, sqlite3, sys, pytest, torch\nfrom tsv_nb.course import grading\nP = sys.argv[1]\ngrading.guard(os.path.dirname(os.path.dirname(P)), sys.argv[2])\n"
+
+
+def guarded(tmp_path, code):
+    "What a program prints that runs under the guard, and what was refused."
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "tests.py").write_text("SECRET")
+    done = subprocess.run([sys.executable, "-c", GUARDED + code, tmp_path / "source" / "tests.py", tmp_path / "log"], env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr, (tmp_path / "log").read_text()
+
+
+def test_the_guard_refuses_and_notes(tmp_path):
+    said, log = guarded(tmp_path, f"""for name, code in {ATTACKS}.items():
+    before = os.stat(sys.argv[2]).st_size
+    try: print(name, 'reached', eval(code))
+    except OSError: pass
+    if os.stat(sys.argv[2]).st_size == before: print(name, 'not noted')
+print('end')""")
+    assert "end" in said.splitlines() and not re.findall("(.*) (?:reached|not noted)", said) and "SECRET" not in said, said
+
+
+def test_the_guard_lets_honest_work_pass(tmp_path):
+    "Figures, weights and arrays are read and written, and a kernel runs in Triton's interpreter."
+    pytest.importorskip("triton")
+    (tmp_path / "kernel.py").write_text("import triton, triton.language as tl\n@triton.jit\ndef double(x_ptr, N: tl.constexpr):\n    offs = tl.arange(0, N)\n    tl.store(x_ptr + offs, 2 * tl.load(x_ptr + offs))\n")
+    said, log = guarded(tmp_path, """os.environ['TRITON_INTERPRET'] = '1'
+import matplotlib, numpy, safetensors.torch
+matplotlib.use('agg')
+import matplotlib.pyplot as plt
+from kernel import double
+x = torch.ones(16)
+double[(1,)](x, 16)
+plt.plot(x); plt.savefig('figure.png')
+numpy.save('x.npy', x.numpy()); torch.save(x, 'x.pt'); safetensors.torch.save_file({'x': x}, 'x.safetensors')
+print(numpy.load('x.npy').sum(), torch.load('x.pt', mmap=True).sum(), safetensors.torch.load_file('x.safetensors')['x'].sum(), torch.linalg.svdvals(torch.eye(3)).sum())""")
+    assert said.split() == ["32.0", "tensor(32.)", "tensor(32.)", "tensor(3.)"] and log == "", (said, log)
+
+
 def test_the_hostile_submission_of_the_first_set_meets_every_measure(courses):
     cells = read(courses["ps1"] / "autograded" / "hostile" / "ps1" / "ps1.ipynb")["cells"]
     text = json.dumps([o for c in cells for o in c.get("outputs", [])])
-    for reason in ("the tests could not be trusted", "process died", "allocate memory", "notebooks cannot be opened"): assert reason in text
+    for reason in ("the tests could not be trusted", "process died", "allocate memory", "notebooks cannot be opened", "ctypes.dlsym is not allowed", "torch.from_file is not allowed"): assert reason in text
+    assert "read below Python" not in text
     page = (courses["ps1"] / "feedback" / "hostile" / "ps1" / "ps1.html").read_text(encoding="utf-8")
     assert "repeats a part of the hidden tests" in page # the error that quotes the test is not shown
 

@@ -17,10 +17,11 @@ SECONDS, MEMORY = int(os.environ.get("TSV_COURSE_SECONDS", 30)), 1.5 # per cell;
 
 
 def environment(home):
-    "Variables for nbgrader: nothing of the user's, nothing left behind in his folders."
+    "Variables for nbgrader: nothing of the user's, nothing left behind in his folders, and no way into the network."
     places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="run", IPYTHONDIR="ipython", MPLCONFIGDIR="mpl")
+    proxies = {name: value for k, value in dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", no_proxy="localhost,127.0.0.1").items() for name in (k, k.upper())} # nobody answers there
     path = os.pathsep.join([str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, **{k: str(home / v) for k, v in places.items()}, "JUPYTER_PLATFORM_DIRS": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
+    return {**os.environ, **proxies, **{k: str(home / v) for k, v in places.items()}, "JUPYTER_PLATFORM_DIRS": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
             "TSV_COURSE_SECONDS": str(SECONDS), "TSV_COURSE_MEMORY": str(MEMORY)}
 
 

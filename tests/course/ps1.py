@@ -34,6 +34,17 @@ import glob, os
 for path in ["ps1.ipynb", "COURSE/source/ps1/ps1.ipynb", "COURSE/autograded/hostile/ps1/ps1.ipynb", "COURSE/gradebook.db"]: # reads the tests, and hides that it was refused
     try: print(open(path, errors="replace").read())
     except OSError: pass
+import ctypes
+def by_the_c_library(path):
+    ctypes.pythonapi.fopen.restype = ctypes.c_void_p
+    text, file = ctypes.create_string_buffer(100_000), ctypes.c_void_p(ctypes.pythonapi.fopen(path, b"r"))
+    ctypes.pythonapi.fread(text, 1, 100_000, file)
+    return text.value.decode()
+def by_torch(path): return bytes(torch.from_file(path.decode(), size=os.stat(path).st_size, dtype=torch.uint8).tolist()).decode()
+def by_storage(path): return bytes(torch.UntypedStorage.from_file(path.decode(), False, os.stat(path).st_size).tolist()).decode()
+for read in (by_the_c_library, by_torch, by_storage): # below Python, where no file is seen to be opened
+    try: print("read below Python:", read(b"COURSE/source/ps1/ps1.ipynb"))
+    except OSError: pass
 ''',
     "ps1-bytes": '''
 import tsv_nb.course.grading

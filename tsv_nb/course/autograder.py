@@ -111,7 +111,7 @@ def _protect(self: GuardedExecute):
     "Put the guard into a new kernel and repeat what had worked in the old one."
     start = f"from tsv_nb.course.grading import guard\nguard({self.root!r}, {str(self.log_file)!r}, {self.memory})\ndel guard\nprint('guarded')"
     said = self._quiet(start, 120) # the imports take their time
-    if said.strip() != "guarded": raise RuntimeError(f"the guard does not start in the kernel, so nothing is graded ({said.strip()}); is tsv-nb installed for this kernel?")
+    if "guarded" not in said.split(): raise RuntimeError(f"the guard does not start in the kernel, so nothing is graded ({said.strip()}); is tsv-nb installed for this kernel?") # torch may say something beside it
     self.guarded = self.kc
     for source in list(self.worked):
         try: self._quiet(source)
