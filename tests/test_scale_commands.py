@@ -20,6 +20,7 @@ from tsv_nb.scale.parts import CannotWrite
 from tsv_nb.scale.plan import make_plan
 from tsv_nb.scale.stream import run_plan
 from tsv_nb.scale.tables import size_text
+from tsv_nb.scale.work import WorkFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ["--exclude", "text_projection"]
@@ -126,6 +127,22 @@ def test_wrong_paths_are_named(tmp_path, paths):
     assert "would be called 'task0'; give this one a name of its own: NAME=" in refused("tsv_merge", *paths, paths[1], "--out", tmp_path / "out")
     assert "must be a file that ends in .safetensors" in refused("tsv_compress", *paths[:2], "--out", tmp_path / "out")
     assert "must be a file that ends in .json" in refused("tsv_interference", *paths, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["memory://bucket/x", "s3://bucket/x", "file:///x", "zip::memory://x"])
+def test_an_output_is_no_address(tmp_path, paths, monkeypatch, out):
+    """An address was once taken for a path, and written to a folder called `memory:` here."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    tsv = commands.tsv_compress(["--quiet", "--out", str(tmp_path / "a.safetensors"), *paths[:2]]) or str(tmp_path / "a.safetensors")
+    for name, argv, end in (("tsv_merge", paths[:2], ""), ("tsv_merge", paths[:2], ".safetensors"), ("tsv_compress", paths[:2], ".safetensors"), ("tsv_expand", [paths[0], tsv], ""), ("tsv_interference", paths[:3], ".json")):
+        assert re.search(r"^tsv_\w+: '.*x(\.\w+)?' is an address, and outputs are written to this machine's disks; give --out a path, ", refused(name, *argv, "--out", out + end)), name
+        for restart in (False, True):
+            with pytest.raises(ValueError, match="is an address"): WorkFolder(make_plan("merge", *opened(paths[:2])), out + end, restart)
+    assert not list((tmp_path / "here").iterdir())
+
+
+def opened(paths): return open_checkpoint(paths[0]), {f"task{t}": open_checkpoint(p) for t, p in enumerate(paths[1:])}
 
 
 def test_tasks_have_names(tmp_path, paths, capsys):

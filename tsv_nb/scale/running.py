@@ -16,6 +16,7 @@ from fastcore.meta import delegates
 from tqdm.auto import tqdm
 
 from ..checks import check_option
+from .byte_files import check_output
 from .checkpoints import Checkpoint
 from .parts import CannotWrite
 from .planned import Plan
@@ -85,8 +86,9 @@ def key_options(
 def check_space(
     plan: Plan,
     out: str | Path, # what is to appear
-) -> None: # `CannotWrite`
+) -> None: # `CannotWrite`; `ValueError` for an address
     "Raise if the output, and the parts that it is put together from, cannot fit on its disk."
+    check_output(out)
     sizes = {t.name: t.nbytes for t in plan.tensors}
     largest = max((sum(sizes[name] for name in shard) for shard in plan.shards), default=0)
     needed = plan.bytes_written + min(largest, plan.bytes_written) # the parts of a file are deleted when it is there

@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from .byte_files import is_url, open_bytes
+from .byte_files import check_output, is_url, open_bytes
 from .outputs import companions_of, copy_companion, file_sha256, input_digests, made_by_a_run, metadata_of, read_json, receipt_of, within
 from .parts import DamagedPart, Entry, assemble, part_path, read_part, save_json, sync_folder, writing
 from .planned import Plan
@@ -31,6 +31,7 @@ class WorkFolder:
         overwrite: bool = False, # replace `out` if it exists and a run has made it
         inputs: Mapping[str, Mapping] | None = None, # "base" and task names -> Checkpoint: they must not be where the output goes
     ):
+        check_output(out)
         self.plan, self.out, self.restart, self.overwrite, self.inputs = plan, Path(os.path.abspath(out)), restart, overwrite, inputs or {}
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.single = self.out.suffix in (".safetensors", ".json")
