@@ -1,4 +1,5 @@
 """What a run does when its surroundings are not as expected: addresses, plans of other inputs, other processors, numbers that are too large."""
+import dataclasses
 import errno
 import functools
 import http.server
@@ -13,10 +14,11 @@ from safetensors.torch import save, save_file
 from scale_models import fine
 
 from tsv_nb.scale.checkpoints import open_checkpoint
+from tsv_nb.scale.outputs import file_sha256
 from tsv_nb.scale.parts import part_path
 from tsv_nb.scale.plan import make_plan
 from tsv_nb.scale.safetensors_reader import strict_json
-from tsv_nb.scale.stream import arithmetic, local_engine, run_plan
+from tsv_nb.scale.stream import arithmetic, local_engine, run_plan, run_unit
 from tsv_nb.scale.tensor_work import WORK
 
 
@@ -168,6 +170,27 @@ def test_the_third_try_may_succeed(tmp_path):
 
 
 # Processors
+
+@pytest.mark.parametrize("late", ["before", "after", "found"])
+def test_a_part_of_another_plan_is_not_taken(tmp_path, late):
+    """A worker of an earlier run, with other options, leaves its part here after its driver was killed: before the new run's part comes, after it, or between two sessions."""
+    start, tuned = abc(tmp_path, v=.1)
+    old, new = (dataclasses.replace(p, units=tuple((t.name,) for t in p.tensors)) for p in (make_plan("merge", start, tuned, rank=r, threads=1) for r in (2, 12)))
+    run_plan(new, start, tuned, tmp_path / "good.safetensors", progress=False)
+    def engine(job, units):
+        for unit in units:
+            theirs = [dataclasses.replace(job, plan=old)] * (unit == 0 and not stale)
+            for one in theirs + [job] if late == "before" else [job] + theirs: run_unit(one, unit)
+            stale.extend(theirs)
+            if late == "found" and theirs: raise KeyboardInterrupt
+            yield unit
+    stale = []
+    if late == "found":
+        with pytest.raises(KeyboardInterrupt): run_plan(new, start, tuned, tmp_path / "out.safetensors", engine, progress=False)
+    report = run_plan(new, start, tuned, tmp_path / "out.safetensors", engine, progress=False)
+    assert stale and report["session"]["resumed"] == 0 and {e["rank"]["v"] for e in report["tensors"].values() } == {12}
+    assert file_sha256(tmp_path / "out.safetensors") == file_sha256(tmp_path / "good.safetensors")
+
 
 def stopping(after):
     def engine(job, units):

@@ -96,7 +96,7 @@ def run_unit(
     path = part_path(job.folder, unit)
     _sign(job.folder)
     save_json(path.with_suffix(".seconds"), seconds) # not in the part: no two runs take the same time
-    write_part(path, tensors, dict(unit=unit, report=report, read=read.read, dtypes=dtypes))
+    write_part(path, tensors, dict(plan=job.digest, unit=unit, report=report, read=read.read, dtypes=dtypes))
     return {name: entry | dict(seconds=seconds[name]) for name, entry in report.items()}
 
 # %% ../../nbs/scale/30c_stream.ipynb #2e259095

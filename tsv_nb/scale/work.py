@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from .byte_files import check_output, is_url, open_bytes
 from .outputs import companions_of, copy_companion, file_sha256, input_digests, made_by_a_run, metadata_of, read_json, receipt_of, within
-from .parts import DamagedPart, Entry, assemble, part_path, read_part, save_json, sync_folder, writing
+from .parts import DamagedPart, Entry, Part, assemble, part_path, read_part, save_json, sync_folder, writing
 from .planned import Plan
 
 # %% ../../nbs/scale/30c3_work.ipynb #381061f6
@@ -44,7 +44,7 @@ class WorkFolder:
         self.units = [[] for _ in plan.shards or [()]] # of each shard; of none: all in one
         for u, names in enumerate(plan.units): self.units[shard[names[0]] if shard else 0].append(u)
         self.shard = {u: i for i, units in enumerate(self.units) for u in units}
-        self.have, self.done = set(), {} # units with a part; shard -> its receipt
+        self.have, self.done, self.digest = set(), {}, plan.digest() # units with a part; shard -> its receipt
 
     def part(self, unit: int) -> Path:
         "Where the part of a unit is."
@@ -143,7 +143,7 @@ def _appeared(self: WorkFolder) -> str | None:
 @patch(as_prop=True)
 def published(self: WorkFolder) -> bool:
     "Whether this very run has finished, and was killed before it had cleaned up."
-    return self._appeared == self.plan.digest()
+    return self._appeared == self.digest
 
 
 @patch
@@ -178,13 +178,21 @@ def _clear(self: WorkFolder, all: bool = False) -> None:
 
 # %% ../../nbs/scale/30c3_work.ipynb #40fe5d52
 @patch
+def _read(self: WorkFolder, unit: int) -> Part: # `DamagedPart` also for one of another unit or plan
+    "The part of a unit."
+    part = read_part(self.part(unit))
+    if (part.facts.get("plan"), part.facts.get("unit")) != (self.digest, unit): raise DamagedPart(part.path, "it is of another run")
+    return part
+
+
+@patch
 def todo(self: WorkFolder) -> list[int]: # units
     "Look through the folder: what is left to do. Shards whose parts are all there are put together."
     for old in self.folder.rglob(".*.tmp"): old.unlink(missing_ok=True)
     for shard, units in enumerate(self.units):
         if self._finished(shard): continue
         for unit in units:
-            try: self.have |= {read_part(self.part(unit)).facts["unit"]} & {unit}
+            try: self._read(unit); self.have.add(unit)
             except FileNotFoundError: self.have.discard(unit)
             except DamagedPart as e: e.path.unlink(); self.have.discard(unit)
         self._assemble(shard)
@@ -212,11 +220,11 @@ def collect(
 # %% ../../nbs/scale/30c3_work.ipynb #678a5dc8
 @patch
 def _assemble(self: WorkFolder, shard: int) -> None:
-    "Put a shard together, if its parts are there; a damaged part is deleted, and counts as not done."
+    "Put a shard together, if its parts are there; a part that is damaged or of another run is deleted, and counts as not done."
     units = self.units[shard]
     if shard in self.done or not self.have.issuperset(units): return
     try:
-        parts = [read_part(self.part(unit)) for unit in units]
+        parts = [self._read(unit) for unit in units]
         receipt = receipt_of(parts)
         if self.files:
             path = self.folder / "out" / self.files[shard]
@@ -250,7 +258,7 @@ def finish(
     read = input_digests(receipts) # in the order of reading; what is told by task, as the pairs of an interference, is in the plan's
     order = {t.name: i for i, t in enumerate(self.plan.tensors)}
     tensors = {name: entry for receipt in receipts for name, entry in receipt["report"].items()}
-    report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["tsv_nb"], plan=self.plan.digest(), options=self.plan.options,
+    report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["tsv_nb"], plan=self.digest, options=self.plan.options,
                   inputs={source: facts | dict(content=read[source]) if source in read else facts for source, facts in self.plan.inputs.items()}, notes=list(self.plan.notes),
                   files={r["file"]: dict(bytes=r["size"], sha256=r["sha256"]) for r in receipts if r["file"]},
                   tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
