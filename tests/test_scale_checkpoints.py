@@ -629,7 +629,7 @@ def test_a_cut_torch_file_is_refused(tmp_path):
 def test_a_torch_file_that_changes(tmp_path):
     torch.save({"w": torch.arange(40.)}, tmp_path / "a.pt")
     c = open_checkpoint(tmp_path / "a.pt"); sent = pickle.dumps(c)
-    assert set(c.fingerprint()["files"]["a.pt"]) == {"size", "mtime_ns", "sha256"}
+    assert set(c.fingerprint()["files"]["a.pt"]) == {"size", "mtime_ns", "sha256", "sampled"}
     torch.save({"w": torch.arange(40.) + 1}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="a.pt' has changed"): c["w"]
     with pytest.raises(ValueError, match="a.pt has changed"): pickle.loads(sent)

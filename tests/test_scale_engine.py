@@ -4,6 +4,7 @@ import errno
 import functools
 import http.server
 import os
+import pickle
 import threading
 import warnings
 
@@ -135,8 +136,10 @@ def test_a_plan_of_other_checkpoints_is_refused(tmp_path):
     refused(r"the plan is for the tasks a, b, and was given b, a \(weights go by the order\); pass those of the plan in its order", *opened(tmp_path, "b", "a"))
     refused("the plan is for the tasks a, b, and was given a; pass", *opened(tmp_path, "a"))
     refused("the plan is for the tasks a, b, and was given a, base; pass", *opened(tmp_path, "a", "base"))
+    then = base.fingerprint()["files"]["base.safetensors"]["mtime_ns"]
     abc(tmp_path, a=.2, b=.1)
-    os.utime(tmp_path / "base.safetensors", ns=(base.fingerprint()["files"]["base.safetensors"]["mtime_ns"],) * 2) # as it was
+    with pytest.raises(ValueError, match="base.safetensors' has changed since it was opened"): base.fingerprint()
+    os.utime(tmp_path / "base.safetensors", ns=(then,) * 2) # as it was
     refused("the input 'a' .*a.safetensors'. is not what the plan was made for", *opened(tmp_path, "a", "b"))
 
 
@@ -197,6 +200,26 @@ def stopping(after):
         yield from local_engine(job, units[:after])
         raise KeyboardInterrupt
     return engine
+
+
+@pytest.mark.parametrize("save, end", [(save_file, "safetensors"), (torch.save, "pt")], ids=["safetensors", "pt"])
+def test_going_on_with_another_file_of_the_same_size_and_time(tmp_path, save, end):
+    """Fine-tuned models share header and size; `cp -p`, images and package stores keep or fix the time."""
+    g, task, file = torch.Generator().manual_seed(0), tmp_path / f"a.{end}", tmp_path / f"base.{end}"
+    states = [{f"w{i}": torch.randn(120, 80, generator=g) for i in range(4)} for _ in range(3)]
+    def put(path, state): save(state, path); os.utime(path, (1, 1))
+    put(file, states[0]); put(task, states[1])
+    def go(engine=local_engine):
+        base, tasks = open_checkpoint(file), {"a": open_checkpoint(task)}
+        assert open_checkpoint(task).fingerprint() == tasks["a"].fingerprint() == pickle.loads(pickle.dumps(tasks["a"])).fingerprint() # which says if another process sees something else
+        return run_plan(fine(make_plan("merge", base, tasks, threads=1)), base, tasks, tmp_path / "out", engine, progress=False)
+    with pytest.raises(KeyboardInterrupt): go(stopping(2))
+    first = open_checkpoint(task).fingerprint()
+    put(task, states[2])
+    assert {n: f for n, f in open_checkpoint(task).fingerprint()["files"][task.name].items() if f != first["files"][task.name][n]}.keys() == {"sampled"} # nothing else has changed
+    with pytest.raises(ValueError, match="the input 'a' is another one, or its files have changed"): go()
+    put(task, states[1])
+    assert go()["session"]["resumed"] == 2
 
 
 def test_going_on_with_another_arithmetic_warns(tmp_path, monkeypatch):

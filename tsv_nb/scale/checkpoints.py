@@ -253,7 +253,7 @@ def check_unchanged(self: Checkpoint) -> None: # raises `ValueError` with the na
 
 @patch
 def fingerprint(self: Checkpoint) -> dict: # for JSON
-    "What tells this checkpoint from another version of it: each file's size, time and header; for a model in memory, its numbers."
+    "What tells this checkpoint from another version of it: each file's size, time, header and some of its numbers; for a model in memory, all of them."
     if not self.path: return {"memory": self.readers[0].fingerprint()}
     return {"files": {name: r.fingerprint() for name, r in zip(self.members, self.readers)}} | ({"index": self.index} if self.index else {})
 
