@@ -101,6 +101,44 @@ def test_compress_and_expand(tmp_path, paths, capsys):
     assert "holds no compressed task vector; make one with tsv_compress" in refused("tsv_expand", paths[0], tmp_path / "b.safetensors", "--out", tmp_path / "x")
 
 
+def other_base(folder, *names):
+    "The base with one number of each of these tensors changed: the shapes are the same."
+    state = {n: x.clone() for n, x in states()[0].items()}
+    for name in names: state[name].view(-1)[0] += 1
+    save_file(state, folder / "other.safetensors")
+    return folder / "other.safetensors"
+
+
+@pytest.mark.parametrize("changed, early", [(("h.0.attn.in_proj_weight",), True), (("h.1.norm",), False), (("h.1.norm", "h.0.mlp.weight"), True)])
+def test_expanding_another_base(tmp_path, paths, capsys, changed, early):
+    archive, back, asked, real = tmp_path / "a.safetensors", tmp_path / "back", [], running.local_engine
+    said(capsys, "tsv_compress", *paths[:2], "--out", archive)
+    other = other_base(tmp_path, *changed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "local_engine", lambda job, units: asked.append(units) or real(job, units))
+        told = refused("tsv_expand", other, archive, "--out", back)
+    digest = json.loads(open_checkpoint(archive).metadata["inputs"])["base"][:12]
+    assert re.search(rf"a.safetensors' was made from another base than .*other.safetensors'.*{digest}.*a.report.json.*--any-base", told, re.S), told
+    assert not back.exists() and bool(asked) != early # a sample of tensors is compared before the work, all of them before anything appears
+    assert (f"tensor {changed[-1]!r} differs" in told) == early
+    said(capsys, "tsv_expand", other, archive, "--out", back, "--any-base")
+    assert report_of(back)["session"]["resumed"] == (0 if early else report_of(back)["session"]["units"]) # the work is kept
+    assert all(torch.allclose(x, load_output(back)[n]) for n, x in CompressedTaskVector.load(archive).apply_to(open_checkpoint(other)).items())
+
+
+def test_expanding_archives_that_do_not_know_their_base(tmp_path, paths, capsys):
+    base, task, *_ = states()
+    compress(task_vector(base, task), rank=4).save(tmp_path / "core.safetensors")
+    said(capsys, "tsv_expand", other_base(tmp_path, "h.0.mlp.weight"), tmp_path / "core.safetensors", "--out", tmp_path / "back")
+    said(capsys, "tsv_compress", *paths[:2], "--out", tmp_path / "a.safetensors")
+    archive = open_checkpoint(tmp_path / "a.safetensors")
+    for damage in ({"inputs": "{", "base": "[]"}, {"inputs": "[]", "base": '{"x": 3, "h.1.norm": null}'}, {"inputs": "{}"}):
+        save_file({n: archive[n] for n in archive}, tmp_path / "b.safetensors", {k: v for k, v in archive.metadata.items() if k not in ("inputs", "base")} | damage)
+        said(capsys, "tsv_expand", tmp_path / "other.safetensors", tmp_path / "b.safetensors", "--out", tmp_path / "back", "--overwrite")
+    torch.save(base, tmp_path / "same.pt") # the same numbers in another file
+    said(capsys, "tsv_expand", tmp_path / "same.pt", tmp_path / "a.safetensors", "--out", tmp_path / "same")
+
+
 def test_interference(tmp_path, paths, capsys):
     out = said(capsys, "tsv_interference", *paths, "--out", tmp_path / "i.json", *PAPER)
     base, *tasks = states()

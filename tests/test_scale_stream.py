@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scale_models import SHAPES, digests, fine, load_output, relative, report_of, save_all, save_folder, states, timeless
 
-from tsv_nb import CompressedTaskVector, apply_task_vector, compress, interference_by_layer, pairwise_interference, task_vector, tsv_merge
+from tsv_nb import CompressedTaskVector, __version__, apply_task_vector, compress, interference_by_layer, pairwise_interference, task_vector, tsv_merge
 from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.outputs import file_sha256
 from tsv_nb.scale.parts import CannotWrite, content_digest, entry_of, part_path, read_part
@@ -189,11 +189,14 @@ def test_files_and_what_they_say(done, paths):
     assert {p.name for p in out.iterdir()} == {"config.json", "tokenizer.json", "tsv_report.json", "model.safetensors.index.json", *(f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3))}
     index, report = json.loads((out / "model.safetensors.index.json").read_text()), report_of(out)
     for name, file in index["weight_map"].items():
-        with safe_open(out / file, "pt") as f: assert name in f.keys() and f.metadata()["format"] == "pt" and f.metadata()["method"] == "TSV-M" and json.loads(f.metadata()["options"])["alpha"] == 1
+        with safe_open(out / file, "pt") as f: assert name in f.keys() and f.metadata()["format"] == "pt" and f.metadata()["method"] == "TSV-M" and json.loads(f.metadata()["options"])["alpha"] == 1 and f.metadata()["tsv_nb"] == __version__
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in load_output(out).values()) and set(index["weight_map"]) == set(base)
     read = {"base": base} | {f"task{t}": {n: x for n, x in s.items() if x.is_floating_point()} for t, s in enumerate(tasks)}
     want = {source: content_digest({n: entry_of(x) for n, x in s.items()}) for source, s in read.items()}
     assert json.loads(index["metadata"]["inputs"]) == want == {s: i["content"] for s, i in report["inputs"].items()}
+    for file in set(index["weight_map"].values()): # a shard that is alone somewhere still says from what it was made
+        there = open_checkpoint(out / file)
+        assert json.loads(there.metadata["inputs"]) == {source: content_digest({n: entry_of(s[n]) for n in there if n in s}) for source, s in read.items()}
     assert (out / "tokenizer.json").read_text() == '{"version": "1.0", "é": 1}'
     entry = report["tensors"]["h.0.mlp.weight"]
     assert entry["rank"] == {f"task{t}": 8 for t in range(3)} and 0 < min(entry["energy"].values()) <= max(entry["energy"].values()) < 1

@@ -106,6 +106,7 @@ def carry_out(
     tasks: Mapping[str, Checkpoint],
     out: str, # what is to appear
     summary: Callable[[dict, str], str], # report, out -> text
+    any_base: bool = False, # expand: go on although the archive was made from another base
     **options, # of `run_options`
 ) -> str: # what to print
     "Show a plan, and unless only that was asked for, carry it out."
@@ -114,7 +115,7 @@ def carry_out(
     engine, silent = choose_engine(options["engine"], options["address"]), options["quiet"] or options["json"]
     check_space(work, out)
     if not silent: tqdm.write(work.table() + "\n")
-    report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"])
+    report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"], any_base=any_base)
     return json_format.dumps(report, indent=1, allow_nan=False) if options["json"] else summary(report, out)
 
 # %% ../../nbs/scale/30d1_running.ipynb #c7859fae

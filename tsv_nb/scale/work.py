@@ -237,6 +237,15 @@ def _assemble(self: WorkFolder, shard: int) -> None:
     self.done[shard] = receipt
     for unit in units: self.part(unit).unlink(); self.part(unit).with_suffix(".seconds").unlink(missing_ok=True)
 
+
+@patch
+def read_from(
+    self: WorkFolder,
+    source: str, # "base" or a task
+) -> dict[str, Sequence]: # name -> (dtype, shape, bytes, sha256)
+    "What finished shards have read from an input."
+    return {name: entry for receipt in self.done.values() for name, entry in receipt["read"].get(source, {}).items()}
+
 # %% ../../nbs/scale/30c3_work.ipynb #d81ac951
 @patch
 def _index(self: WorkFolder, receipts: Sequence[Mapping]) -> None:
