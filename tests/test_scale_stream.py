@@ -492,6 +492,31 @@ def test_what_no_run_has_made_is_not_replaced(tmp_path, paths, name, content):
     assert not asked and [*tmp_path.iterdir()] == [out]
 
 
+@pytest.mark.parametrize("added", ["README.md", "eval", ".git", "model-00009-of-00009.safetensors"])
+def test_what_a_person_has_put_into_an_output_is_not_replaced(tmp_path, paths, added):
+    out, asked = tmp_path / "out", []
+    def engine(job, units): asked.append(units); yield from local_engine(job, units)
+    merge(paths, out, shard_size=15_000)
+    (out / added).mkdir() if "." not in added or added == ".git" else (out / added).write_text("mine")
+    with pytest.raises(ValueError, match=f"out' is not replaced, because '{added}' would be lost with it; move that away, or choose another output"): merge(paths, out, dict(overwrite=True, engine=engine))
+    assert not asked and (out / added).exists()
+    shutil.move(out / added, tmp_path / "mine")
+    merge(paths[:2], out, dict(overwrite=True), shard_size=10**9) # its own files, the index and copies of the base's are
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json", "tsv_report.json"}
+    (tmp_path / "link").symlink_to(out)
+    (out / "README.md").touch()
+    merge(paths, tmp_path / "link", dict(overwrite=True)) # the link is replaced, and nothing is lost
+    assert (out / "README.md").exists() and (tmp_path / "link" / "model.safetensors").exists()
+
+
+def test_a_file_that_appears_in_an_old_output_meanwhile(tmp_path, paths):
+    def engine(job, units):
+        yield from local_engine(job, units)
+        (tmp_path / "out" / "notes.txt").touch()
+    merge(paths, tmp_path / "out")
+    with pytest.raises(ValueError, match="'notes.txt' would be lost with it; move that away and run the same command again"): merge(paths, tmp_path / "out", dict(overwrite=True, engine=engine), alpha=.5)
+
+
 def test_an_empty_folder_and_an_archive_of_the_core_may_be_replaced(tmp_path, paths):
     (tmp_path / "out").mkdir()
     merge(paths, tmp_path / "out", dict(overwrite=True))
@@ -524,7 +549,7 @@ def test_inputs_are_not_replaced(tmp_path, where, name, begun):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     run = lambda **options: merge(paths, out, dict(overwrite=True) | options, shard_size=2**40)
     if begun:
-        with patch.object(WorkFolder, "_check_inputs"), patch("tsv_nb.scale.work.made_by_a_run", return_value=True), pytest.raises(Killed): run(engine=interrupted(0))
+        with patch.object(WorkFolder, "_check_inputs"), patch("tsv_nb.scale.work.made_by_a_run", return_value=True), patch("tsv_nb.scale.work.added_to", return_value=[]), pytest.raises(Killed): run(engine=interrupted(0))
     def engine(job, units): raise AssertionError("computed before it was refused")
     for overwrite in (True, False):
         with pytest.raises(ValueError, match=f"the input '{name}' .'.*'. would be deleted with '{out}'; choose another output"): run(engine=engine, overwrite=overwrite)

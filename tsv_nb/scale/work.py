@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from .byte_files import check_output, is_url, open_bytes
-from .outputs import companions_of, copy_companion, file_sha256, input_digests, made_by_a_run, metadata_of, read_json, receipt_of, within
+from .outputs import added_to, companions_of, copy_companion, file_sha256, input_digests, made_by_a_run, metadata_of, read_json, receipt_of, within
 from .parts import DamagedPart, Entry, Part, assemble, part_path, read_part, save_json, sync_folder, writing
 from .planned import Plan
 
@@ -98,6 +98,7 @@ def _free(self: WorkFolder, *paths: Path | None, late: bool = False) -> None:
         if path is None or not os.path.lexists(path): continue
         if not self.overwrite: raise ValueError(f"{str(path)!r} exists{' now' * late}; {way}, or replace it with --overwrite (overwrite=True).")
         if not made_by_a_run(path): raise ValueError(f"{str(path)!r} is no output of tsv-nb, and --overwrite replaces nothing else; {way}.")
+        if others := added_to(path): raise ValueError(f"{str(path)!r} is not replaced, because {others[0]!r}{f' and {len(others) - 1} more' * (len(others) > 1)} would be lost with it; move that away{way.removeprefix('move it away') if late else ', or ' + way}.")
 
 # %% ../../nbs/scale/30c3_work.ipynb #28049b5e
 @patch
@@ -265,15 +266,14 @@ def finish(
     "Write what belongs to the shards, and make the output appear."
     receipts, ready = [self.done[shard] for shard in range(len(self.units))], self.folder / "out"
     read = input_digests(receipts) # in the order of reading; what is told by task, as the pairs of an interference, is in the plan's
-    order = {t.name: i for i, t in enumerate(self.plan.tensors)}
+    beside, order = companions_of(base) if self.files and not self.single else {}, {t.name: i for i, t in enumerate(self.plan.tensors)}
     tensors = {name: entry for receipt in receipts for name, entry in receipt["report"].items()}
     report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["tsv_nb"], plan=self.digest, options=self.plan.options,
                   inputs={source: facts | dict(content=read[source]) if source in read else facts for source, facts in self.plan.inputs.items()}, notes=list(self.plan.notes),
                   files={r["file"]: dict(bytes=r["size"], sha256=r["sha256"]) for r in receipts if r["file"]},
-                  tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
+                  companions=sorted(beside), tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
     if len(self.files) > 1: self._index(receipts)
-    if self.files and not self.single:
-        for name, source in companions_of(base).items(): copy_companion(source, ready / name, self.plan.options.get("dtype"))
+    for name, source in beside.items(): copy_companion(source, ready / name, self.plan.options.get("dtype"))
     save_json(ready / (self.beside.name if self.beside else self.out.name if self.single else "tsv_report.json"), report)
     self._publish(report)
     return report
