@@ -160,6 +160,34 @@ def test_interference_is_that_of_the_core(tmp_path, paths):
         assert timeless(json.loads((tmp_path / f"{len(options)}.json").read_text())) == json.loads(json.dumps(timeless(report)))
 
 
+def test_the_report_of_a_merge_is_true(tmp_path, paths):
+    "Energy against an SVD of each task matrix, interference against the core's, and a residual that is that of rounding: neither zero nor large."
+    base, *tasks = states()
+    vectors = [task_vector(base, t) for t in tasks]
+    for options in ({}, dict(rank=4)):
+        report = merge(paths, tmp_path / f"out{len(options)}", exclude=PAPER, **options)
+        scores, merged = interference_by_layer(vectors, **options), {n: e for n, e in report["tensors"].items() if e["how"] == "merge"}
+        assert len(merged) == 4 and set(merged) <= set(scores)
+        for name, e in merged.items():
+            assert e["interference"]["before"] == pytest.approx(scores[name], rel=1e-5) and 0 <= e["interference"]["after"] < 1e-3 * scores[name]
+            assert 1e-9 < e["residual"] < 1e-5
+            for task, v in zip(("task0", "task1", "task2"), vectors):
+                squares = torch.linalg.svdvals(v[name].double()).square()
+                assert e["energy"][task] == pytest.approx((squares[:e["rank"][task]].sum() / squares.sum()).item() if squares.any() else 1., rel=1e-5), (name, task)
+                assert e["rank"][task] == (options.get("rank", min(v[name].shape) // 3) if squares.any() else 0)
+
+
+def test_the_estimated_time_is_of_the_right_kind(tmp_path, paths):
+    base, tasks = opened(paths)
+    plan = make_plan("merge", base, tasks, threads=1)
+    took = run_plan(plan, base, tasks, tmp_path / "out", progress=False)["session"]["seconds"]
+    assert took / 100 < plan.seconds < 100 * took
+    def seconds(layers, side):
+        state = {f"h.{i}.weight": torch.empty(()).expand(side, side) for i in range(layers)}
+        return make_plan("merge", state, dict(a=state, b=state), threads=1).seconds
+    assert 5 < seconds(40, 512) / seconds(4, 512) < 20 and seconds(4, 1024) > 4 * seconds(4, 512) > 0
+
+
 def test_scores_carry_the_names_of_their_tasks(tmp_path):
     "The first layer is read of b and c alone, and of d nothing at all."
     g = torch.Generator().manual_seed(0)
@@ -458,6 +486,16 @@ def test_an_input_that_changes(tmp_path):
     assert not out.exists()
     with pytest.raises(ValueError, match="the input 'task1' is another one, or its files have changed"): merge(paths, out, change=fine) # between two runs
     merge(paths, out, dict(restart=True), fine)
+
+
+def test_an_input_that_changes_after_the_last_unit(tmp_path):
+    "Every tensor has been read by then; but with which of the two files the first ones agree, nobody knows."
+    paths = save_all(tmp_path / "models")
+    def engine(job, units):
+        yield from local_engine(job, units)
+        os.utime(next((tmp_path / "models" / "task2").glob("*00001*.safetensors")), (1, 1))
+    with pytest.raises(ValueError, match="task2/model-00001-of-00002.safetensors' has changed"): merge(paths, tmp_path / "out", dict(engine=engine), fine)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_at_a_time(tmp_path, paths):
