@@ -177,7 +177,7 @@ def run_plan(
         job, resumed, attempt = Job(plan, base, dict(tasks), str(work.folder)), len(plan.units), 0
         cost = [sum(_cost(job.planned[name], len(tasks)) for name in names) for names in plan.units]
         while units := work.todo():
-            if attempt == 3: raise OSError(f"parts in {str(work.folder)!r} are damaged again and again; check that disk.")
+            if attempt == 3: raise OSError(f"parts in {str(work.folder)!r} are damaged again and again, or replaced by those of another run; check that disk, and that no worker of an earlier run is left.")
             if not attempt: resumed -= len(units); _warn_of_others(work)
             _drive(engine(job, units), work, cost, sum(cost) - sum(cost[u] for u in units), progress)
             attempt += 1
