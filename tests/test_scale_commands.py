@@ -232,7 +232,7 @@ def test_the_memory_at_the_end_is_that_of_the_plan(tmp_path, paths, capsys):
 def test_ctrl_c_and_go_on(tmp_path, paths, capsys):
     out, ref = tmp_path / "out", tmp_path / "ref"
     here("tsv_merge", *paths, "--out", ref)
-    run = child("tsv_merge", *paths, "--out", out, pause=.3)
+    run = child("tsv_merge", *paths, "--out", out, pause=1.)
     wait_for(run, lambda: len(list((tmp_path / "out.partial").glob("parts/*.safetensors"))) > 2)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
@@ -240,7 +240,7 @@ def test_ctrl_c_and_go_on(tmp_path, paths, capsys):
     assert "holds an unfinished run of another kind: rank was None and is now 2" in refused("tsv_merge", *paths, "--out", out, "--rank", 2, "--threads", 1)
     capsys.readouterr()
     here("tsv_merge", *paths, "--out", out)
-    assert "pieces were there already" in capsys.readouterr().out and digests(out) == digests(ref)
+    assert "pieces were there already" in " ".join(capsys.readouterr().out.split()) and digests(out) == digests(ref)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
