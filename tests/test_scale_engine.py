@@ -1,8 +1,10 @@
 """What a run does when its surroundings are not as expected: addresses, plans of other inputs, other processors, numbers that are too large."""
+import dataclasses
 import errno
 import functools
 import http.server
 import os
+import pickle
 import threading
 import warnings
 
@@ -13,10 +15,11 @@ from safetensors.torch import save, save_file
 from scale_models import fine
 
 from tsv_nb.scale.checkpoints import open_checkpoint
+from tsv_nb.scale.outputs import file_sha256
 from tsv_nb.scale.parts import part_path
 from tsv_nb.scale.plan import make_plan
 from tsv_nb.scale.safetensors_reader import strict_json
-from tsv_nb.scale.stream import arithmetic, local_engine, run_plan
+from tsv_nb.scale.stream import arithmetic, local_engine, run_plan, run_unit
 from tsv_nb.scale.tensor_work import WORK
 
 
@@ -133,8 +136,10 @@ def test_a_plan_of_other_checkpoints_is_refused(tmp_path):
     refused(r"the plan is for the tasks a, b, and was given b, a \(weights go by the order\); pass those of the plan in its order", *opened(tmp_path, "b", "a"))
     refused("the plan is for the tasks a, b, and was given a; pass", *opened(tmp_path, "a"))
     refused("the plan is for the tasks a, b, and was given a, base; pass", *opened(tmp_path, "a", "base"))
+    then = base.fingerprint()["files"]["base.safetensors"]["mtime_ns"]
     abc(tmp_path, a=.2, b=.1)
-    os.utime(tmp_path / "base.safetensors", ns=(base.fingerprint()["files"]["base.safetensors"]["mtime_ns"],) * 2) # as it was
+    with pytest.raises(ValueError, match="base.safetensors' has changed since it was opened"): base.fingerprint()
+    os.utime(tmp_path / "base.safetensors", ns=(then,) * 2) # as it was
     refused("the input 'a' .*a.safetensors'. is not what the plan was made for", *opened(tmp_path, "a", "b"))
 
 
@@ -169,11 +174,52 @@ def test_the_third_try_may_succeed(tmp_path):
 
 # Processors
 
+@pytest.mark.parametrize("late", ["before", "after", "found"])
+def test_a_part_of_another_plan_is_not_taken(tmp_path, late):
+    """A worker of an earlier run, with other options, leaves its part here after its driver was killed: before the new run's part comes, after it, or between two sessions."""
+    start, tuned = abc(tmp_path, v=.1)
+    old, new = (dataclasses.replace(p, units=tuple((t.name,) for t in p.tensors)) for p in (make_plan("merge", start, tuned, rank=r, threads=1) for r in (2, 12)))
+    run_plan(new, start, tuned, tmp_path / "good.safetensors", progress=False)
+    def engine(job, units):
+        for unit in units:
+            theirs = [dataclasses.replace(job, plan=old)] * (unit == 0 and not stale)
+            for one in theirs + [job] if late == "before" else [job] + theirs: run_unit(one, unit)
+            stale.extend(theirs)
+            if late == "found" and theirs: raise KeyboardInterrupt
+            yield unit
+    stale = []
+    if late == "found":
+        with pytest.raises(KeyboardInterrupt): run_plan(new, start, tuned, tmp_path / "out.safetensors", engine, progress=False)
+    report = run_plan(new, start, tuned, tmp_path / "out.safetensors", engine, progress=False)
+    assert stale and report["session"]["resumed"] == 0 and {e["rank"]["v"] for e in report["tensors"].values() } == {12}
+    assert file_sha256(tmp_path / "out.safetensors") == file_sha256(tmp_path / "good.safetensors")
+
+
 def stopping(after):
     def engine(job, units):
         yield from local_engine(job, units[:after])
         raise KeyboardInterrupt
     return engine
+
+
+@pytest.mark.parametrize("save, end", [(save_file, "safetensors"), (torch.save, "pt")], ids=["safetensors", "pt"])
+def test_going_on_with_another_file_of_the_same_size_and_time(tmp_path, save, end):
+    """Fine-tuned models share header and size; `cp -p`, images and package stores keep or fix the time."""
+    g, task, file = torch.Generator().manual_seed(0), tmp_path / f"a.{end}", tmp_path / f"base.{end}"
+    states = [{f"w{i}": torch.randn(120, 80, generator=g) for i in range(4)} for _ in range(3)]
+    def put(path, state): save(state, path); os.utime(path, (1, 1))
+    put(file, states[0]); put(task, states[1])
+    def go(engine=local_engine):
+        base, tasks = open_checkpoint(file), {"a": open_checkpoint(task)}
+        assert open_checkpoint(task).fingerprint() == tasks["a"].fingerprint() == pickle.loads(pickle.dumps(tasks["a"])).fingerprint() # which says if another process sees something else
+        return run_plan(fine(make_plan("merge", base, tasks, threads=1)), base, tasks, tmp_path / "out", engine, progress=False)
+    with pytest.raises(KeyboardInterrupt): go(stopping(2))
+    first = open_checkpoint(task).fingerprint()
+    put(task, states[2])
+    assert {n: f for n, f in open_checkpoint(task).fingerprint()["files"][task.name].items() if f != first["files"][task.name][n]}.keys() == {"sampled"} # nothing else has changed
+    with pytest.raises(ValueError, match="the input 'a' is another one, or its files have changed"): go()
+    put(task, states[1])
+    assert go()["session"]["resumed"] == 2
 
 
 def test_going_on_with_another_arithmetic_warns(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import re
 import uuid
 import warnings
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -395,6 +396,16 @@ def test_a_base_is_read_one_tensor_at_a_time(g, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "m", "m.report.json", "m.safetensors", "n.partial"]
     save_applied(tmp_path / "base.safetensors", adapter, tmp_path / "n")
     assert not (tmp_path / "n.partial").exists() and load_file(tmp_path / "n" / "model.safetensors")["h.2.weight"].equal(written["h.2.weight"])
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_outputs_are_not_written_to_an_address(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    adapter = Adapter({"w": LoraLayer(torch.ones(8, 2), torch.ones(2, 6), 1.)})
+    for save in (lambda out: save_adapter(adapter, out), lambda out: save_applied({"w": torch.ones(8, 6)}, adapter, out)):
+        for out in ("memory://bucket/x", "s3://bucket/x.safetensors"):
+            with pytest.raises(ValueError, match="is an address, and outputs are written to this machine's disks"): save(kind(out))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_ambiguous_prefix_is_not_guessed():

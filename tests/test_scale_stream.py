@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scale_models import SHAPES, digests, fine, load_output, relative, report_of, save_all, save_folder, states, timeless
 
-from tsv_nb import CompressedTaskVector, apply_task_vector, compress, interference_by_layer, pairwise_interference, task_vector, tsv_merge
+from tsv_nb import CompressedTaskVector, __version__, apply_task_vector, compress, interference_by_layer, pairwise_interference, task_vector, tsv_merge
 from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.outputs import file_sha256
 from tsv_nb.scale.parts import CannotWrite, content_digest, entry_of, part_path, read_part
@@ -160,6 +160,34 @@ def test_interference_is_that_of_the_core(tmp_path, paths):
         assert timeless(json.loads((tmp_path / f"{len(options)}.json").read_text())) == json.loads(json.dumps(timeless(report)))
 
 
+def test_the_report_of_a_merge_is_true(tmp_path, paths):
+    "Energy against an SVD of each task matrix, interference against the core's, and a residual that is that of rounding: neither zero nor large."
+    base, *tasks = states()
+    vectors = [task_vector(base, t) for t in tasks]
+    for options in ({}, dict(rank=4)):
+        report = merge(paths, tmp_path / f"out{len(options)}", exclude=PAPER, **options)
+        scores, merged = interference_by_layer(vectors, **options), {n: e for n, e in report["tensors"].items() if e["how"] == "merge"}
+        assert len(merged) == 4 and set(merged) <= set(scores)
+        for name, e in merged.items():
+            assert e["interference"]["before"] == pytest.approx(scores[name], rel=1e-5) and 0 <= e["interference"]["after"] < 1e-3 * scores[name]
+            assert 1e-9 < e["residual"] < 1e-5
+            for task, v in zip(("task0", "task1", "task2"), vectors):
+                squares = torch.linalg.svdvals(v[name].double()).square()
+                assert e["energy"][task] == pytest.approx((squares[:e["rank"][task]].sum() / squares.sum()).item() if squares.any() else 1., rel=1e-5), (name, task)
+                assert e["rank"][task] == (options.get("rank", min(v[name].shape) // 3) if squares.any() else 0)
+
+
+def test_the_estimated_time_is_of_the_right_kind(tmp_path, paths):
+    base, tasks = opened(paths)
+    plan = make_plan("merge", base, tasks, threads=1)
+    took = run_plan(plan, base, tasks, tmp_path / "out", progress=False)["session"]["seconds"]
+    assert took / 100 < plan.seconds < 100 * took
+    def seconds(layers, side):
+        state = {f"h.{i}.weight": torch.empty(()).expand(side, side) for i in range(layers)}
+        return make_plan("merge", state, dict(a=state, b=state), threads=1).seconds
+    assert 5 < seconds(40, 512) / seconds(4, 512) < 20 and seconds(4, 1024) > 4 * seconds(4, 512) > 0
+
+
 def test_scores_carry_the_names_of_their_tasks(tmp_path):
     "The first layer is read of b and c alone, and of d nothing at all."
     g = torch.Generator().manual_seed(0)
@@ -189,11 +217,14 @@ def test_files_and_what_they_say(done, paths):
     assert {p.name for p in out.iterdir()} == {"config.json", "tokenizer.json", "tsv_report.json", "model.safetensors.index.json", *(f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3))}
     index, report = json.loads((out / "model.safetensors.index.json").read_text()), report_of(out)
     for name, file in index["weight_map"].items():
-        with safe_open(out / file, "pt") as f: assert name in f.keys() and f.metadata()["format"] == "pt" and f.metadata()["method"] == "TSV-M" and json.loads(f.metadata()["options"])["alpha"] == 1
+        with safe_open(out / file, "pt") as f: assert name in f.keys() and f.metadata()["format"] == "pt" and f.metadata()["method"] == "TSV-M" and json.loads(f.metadata()["options"])["alpha"] == 1 and f.metadata()["tsv_nb"] == __version__
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in load_output(out).values()) and set(index["weight_map"]) == set(base)
     read = {"base": base} | {f"task{t}": {n: x for n, x in s.items() if x.is_floating_point()} for t, s in enumerate(tasks)}
     want = {source: content_digest({n: entry_of(x) for n, x in s.items()}) for source, s in read.items()}
     assert json.loads(index["metadata"]["inputs"]) == want == {s: i["content"] for s, i in report["inputs"].items()}
+    for file in set(index["weight_map"].values()): # a shard that is alone somewhere still says from what it was made
+        there = open_checkpoint(out / file)
+        assert json.loads(there.metadata["inputs"]) == {source: content_digest({n: entry_of(s[n]) for n in there if n in s}) for source, s in read.items()}
     assert (out / "tokenizer.json").read_text() == '{"version": "1.0", "é": 1}'
     entry = report["tensors"]["h.0.mlp.weight"]
     assert entry["rank"] == {f"task{t}": 8 for t in range(3)} and 0 < min(entry["energy"].values()) <= max(entry["energy"].values()) < 1
@@ -457,6 +488,16 @@ def test_an_input_that_changes(tmp_path):
     merge(paths, out, dict(restart=True), fine)
 
 
+def test_an_input_that_changes_after_the_last_unit(tmp_path):
+    "Every tensor has been read by then; but with which of the two files the first ones agree, nobody knows."
+    paths = save_all(tmp_path / "models")
+    def engine(job, units):
+        yield from local_engine(job, units)
+        os.utime(next((tmp_path / "models" / "task2").glob("*00001*.safetensors")), (1, 1))
+    with pytest.raises(ValueError, match="task2/model-00001-of-00002.safetensors' has changed"): merge(paths, tmp_path / "out", dict(engine=engine), fine)
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_process_at_a_time(tmp_path, paths):
     def engine(job, units):
         with pytest.raises(OSError, match="another process is working on .*out'"): merge(paths, tmp_path / "out")
@@ -487,6 +528,31 @@ def test_what_no_run_has_made_is_not_replaced(tmp_path, paths, name, content):
     else: out.write_text(dict(text="mine", json='{"plan": "mine"}')[content])
     with pytest.raises(ValueError, match=f"{name}' is no output of tsv-nb, and --overwrite replaces nothing else; choose another output"): merge(paths, out, dict(overwrite=True, engine=engine), command=command)
     assert not asked and [*tmp_path.iterdir()] == [out]
+
+
+@pytest.mark.parametrize("added", ["README.md", "eval", ".git", "model-00009-of-00009.safetensors"])
+def test_what_a_person_has_put_into_an_output_is_not_replaced(tmp_path, paths, added):
+    out, asked = tmp_path / "out", []
+    def engine(job, units): asked.append(units); yield from local_engine(job, units)
+    merge(paths, out, shard_size=15_000)
+    (out / added).mkdir() if "." not in added or added == ".git" else (out / added).write_text("mine")
+    with pytest.raises(ValueError, match=f"out' is not replaced, because '{added}' would be lost with it; move that away, or choose another output"): merge(paths, out, dict(overwrite=True, engine=engine))
+    assert not asked and (out / added).exists()
+    shutil.move(out / added, tmp_path / "mine")
+    merge(paths[:2], out, dict(overwrite=True), shard_size=10**9) # its own files, the index and copies of the base's are
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json", "tsv_report.json"}
+    (tmp_path / "link").symlink_to(out)
+    (out / "README.md").touch()
+    merge(paths, tmp_path / "link", dict(overwrite=True)) # the link is replaced, and nothing is lost
+    assert (out / "README.md").exists() and (tmp_path / "link" / "model.safetensors").exists()
+
+
+def test_a_file_that_appears_in_an_old_output_meanwhile(tmp_path, paths):
+    def engine(job, units):
+        yield from local_engine(job, units)
+        (tmp_path / "out" / "notes.txt").touch()
+    merge(paths, tmp_path / "out")
+    with pytest.raises(ValueError, match="'notes.txt' would be lost with it; move that away and run the same command again"): merge(paths, tmp_path / "out", dict(overwrite=True, engine=engine), alpha=.5)
 
 
 def test_an_empty_folder_and_an_archive_of_the_core_may_be_replaced(tmp_path, paths):
@@ -521,7 +587,7 @@ def test_inputs_are_not_replaced(tmp_path, where, name, begun):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     run = lambda **options: merge(paths, out, dict(overwrite=True) | options, shard_size=2**40)
     if begun:
-        with patch.object(WorkFolder, "_check_inputs"), patch("tsv_nb.scale.work.made_by_a_run", return_value=True), pytest.raises(Killed): run(engine=interrupted(0))
+        with patch.object(WorkFolder, "_check_inputs"), patch("tsv_nb.scale.work.made_by_a_run", return_value=True), patch("tsv_nb.scale.work.added_to", return_value=[]), pytest.raises(Killed): run(engine=interrupted(0))
     def engine(job, units): raise AssertionError("computed before it was refused")
     for overwrite in (True, False):
         with pytest.raises(ValueError, match=f"the input '{name}' .'.*'. would be deleted with '{out}'; choose another output"): run(engine=engine, overwrite=overwrite)

@@ -1,7 +1,7 @@
 """Merge a checkpoint that is several times larger than the memory that is allowed.
 
 Usage: python tests/reliability/memory.py [--times 4]        prints a JSON object
-       python tests/reliability/memory.py merge|load FOLDER ALLOWED     (what it starts: the work under a limit)
+       python tests/reliability/memory.py merge|load|many FOLDER ALLOWED     (what it starts: the work under a limit; `many`: of tiny tensors, 0 for no limit)
 
 The system enforces the limit (RLIMIT_DATA: what a process allocates beyond what it had after a small merge); an allocation beyond it fails.
 """
@@ -66,6 +66,24 @@ def streamed(folder, out):
     run_plan(*plan_of(folder), out, progress=False)
 
 
+def make_many(folder, n):
+    "A base and fine-tuned models of so many tiny tensors."
+    for t, name in enumerate(("base", *(f"task{t}" for t in range(TASKS)))):
+        save_file({f"layers.{i // 4}.block.{i % 4}.weight": torch.full((16,), float(t)) for i in range(n)}, folder / f"{name}.safetensors")
+
+
+def many(folder, out):
+    "Merge tiny tensors."
+    from tsv_nb.scale.checkpoints import open_checkpoint
+    from tsv_nb.scale.plan import make_plan
+    from tsv_nb.scale.stream import run_plan
+    if not (folder / "base.safetensors").exists(): make_many(folder, 4) # the small model before the measurement
+    base, tasks = open_checkpoint(folder / "base.safetensors"), {f"task{t}": open_checkpoint(folder / f"task{t}.safetensors") for t in range(TASKS)}
+    plan = make_plan("merge", base, tasks, threads=1)
+    run_plan(plan, base, tasks, out, progress=False)
+    return plan
+
+
 def limited(work, folder, allowed):
     "In a process of its own: warm up on a small model, then the large one under the limit; what was measured."
     torch.set_num_threads(1)
@@ -75,10 +93,10 @@ def limited(work, folder, allowed):
     Path("/proc/self/clear_refs").write_text("5") # the high-water mark starts again here
     data, resident, start = known("VmData"), known("VmRSS"), time.perf_counter()
     if allowed: resource.setrlimit(resource.RLIMIT_DATA, (data + allowed, resource.RLIM_INFINITY))
-    try: work(folder, folder / f"out of {work.__name__}")
-    except (RuntimeError, MemoryError) as e: error = str(e).splitlines()[0] or type(e).__name__
+    try: plan = work(folder, folder / f"out of {work.__name__}")
+    except (RuntimeError, MemoryError) as e: plan, error = None, str(e).splitlines()[0] or type(e).__name__
     else: error = None
-    return dict(error=error, peak=known("VmHWM") - resident, baseline=resident, seconds=round(time.perf_counter() - start, 1))
+    return dict(error=error, estimate=plan and plan.peak_bytes, units=plan and len(plan.units), peak=known("VmHWM") - resident, baseline=resident, seconds=round(time.perf_counter() - start, 1))
 
 
 def started(name, folder, allowed):
@@ -103,12 +121,12 @@ def figures(times, folder):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", choices=("merge", "load"), nargs="?")
+    parser.add_argument("work", choices=("merge", "load", "many"), nargs="?")
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("allowed", type=int, nargs="?")
     parser.add_argument("--times", type=float, default=4.1)
     args = parser.parse_args()
-    if args.work: print(json.dumps(limited(dict(merge=streamed, load=everything)[args.work], args.folder, args.allowed))); return
+    if args.work: print(json.dumps(limited(dict(merge=streamed, load=everything, many=many)[args.work], args.folder, args.allowed))); return
     with tempfile.TemporaryDirectory() as folder: print(json.dumps(figures(args.times, folder)))
 
 

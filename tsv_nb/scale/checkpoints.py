@@ -42,7 +42,7 @@ def inside(
     try: real = Path(path).resolve()
     except (OSError, RuntimeError) as e: raise ValueError(f"{path!r} is a link that leads to itself; remove it.") from e
     allowed = [root, *(p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots")]
-    if strict and not any(real.is_relative_to(o) for o in allowed): raise ValueError(f"{path!r} is a symbolic link to {str(real)!r}, out of its folder; copy the file into it, or open the folder with strict=False if you trust it.")
+    if strict and not any(real.is_relative_to(o) for o in allowed): raise ValueError(f"{path!r} is a symbolic link to {str(real)!r}, out of its folder; copy the folder with the files its links lead to (cp -rL), or, in Python, open it with strict=False if you trust it.")
     return path
 
 # %% ../../nbs/scale/30_checkpoints.ipynb #f2dff4f3
@@ -233,7 +233,7 @@ def _assign(self: Checkpoint) -> dict:
     for name, member in listed.items():
         if home.get(name) is not readers[member]: raise ValueError(f"{self.where}: tensor {name!r} should be in {member!r} and is not; download the folder again.")
     extra = [n for n in home if n not in listed]
-    if extra: raise ValueError(f"{self.where}: {len(extra)} tensors of the shards are not in the index (the first: {extra[0]!r}); download the folder again, or leave them out with strict=False.")
+    if extra: raise ValueError(f"{self.where}: {len(extra)} tensors of the shards are not in the index (the first: {extra[0]!r}); download the folder again, or remove the index if all tensors of the shards belong to the model; in Python, strict=False leaves them out.")
     return home
 
 
@@ -253,7 +253,7 @@ def check_unchanged(self: Checkpoint) -> None: # raises `ValueError` with the na
 
 @patch
 def fingerprint(self: Checkpoint) -> dict: # for JSON
-    "What tells this checkpoint from another version of it: each file's size, time and header; for a model in memory, its numbers."
+    "What tells this checkpoint from another version of it: each file's size, time, header and some of its numbers; for a model in memory, all of them."
     if not self.path: return {"memory": self.readers[0].fingerprint()}
     return {"files": {name: r.fingerprint() for name, r in zip(self.members, self.readers)}} | ({"index": self.index} if self.index else {})
 

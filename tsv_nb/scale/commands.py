@@ -103,12 +103,13 @@ def expand_command(
     dtype: str = None, # of the output, as in float16 (default: the base's)
     shard_size: str = "5GB", # most bytes of one file of a folder
     threads: int = None, # for each piece of work (default: all cores)
+    any_base: bool = False, # go on although the archive was made from another base
     **kwargs
 ) -> str: # what to print
     "Make a fine-tuned checkpoint again, from the base and an archive. Example: tsv_expand base task.safetensors --out task"
     start, tuned = open_checkpoint(base), {"archive": open_archive(archive)}
     plan = make_plan("expand", start, tuned, alpha=alpha, dtype=dtype, threads=threads, shard_size=_most(shard_size, out))
-    return carry_out(plan, start, tuned, out, finished_line, **kwargs)
+    return carry_out(plan, start, tuned, out, finished_line, any_base, **kwargs)
 
 # %% ../../nbs/scale/30d_commands.ipynb #e7ce4e8a
 @delegates(key_options)

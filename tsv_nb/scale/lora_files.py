@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checks import check_finite
 from ..compress import save_atomic
+from .byte_files import check_output
 from .lora import Adapter
 
 # %% ../../nbs/scale/31c_lora_files.ipynb #c9d6292d
@@ -90,6 +91,7 @@ def save_adapter(
     overwrite: bool = False, # replace an adapter that is there
 ) -> Path: # the folder
     "Write an adapter that PEFT loads."
+    check_output(folder)
     folder = Path(folder)
     _check_free(folder, overwrite)
     tensors, text = adapter_tensors(adapter, dtype), json.dumps(adapter_config(adapter), indent=2, sort_keys=True)

@@ -182,7 +182,7 @@ def _peak(command: str, units: Sequence[Sequence[str]], drawn: Mapping[str, Draw
     for unit in units:
         waiting = 0
         for d in map(drawn.get, unit): peak, waiting = max(peak, waiting + _alone(d)), waiting + d.bytes_written
-    return process_bytes(peak)
+    return process_bytes(peak, len(drawn), n_tasks)
 
 
 def _fingerprint(state: Mapping) -> dict:

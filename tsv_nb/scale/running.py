@@ -16,6 +16,7 @@ from fastcore.meta import delegates
 from tqdm.auto import tqdm
 
 from ..checks import check_option
+from .byte_files import check_output
 from .checkpoints import Checkpoint
 from .parts import CannotWrite
 from .planned import Plan
@@ -85,8 +86,9 @@ def key_options(
 def check_space(
     plan: Plan,
     out: str | Path, # what is to appear
-) -> None: # `CannotWrite`
+) -> None: # `CannotWrite`; `ValueError` for an address
     "Raise if the output, and the parts that it is put together from, cannot fit on its disk."
+    check_output(out)
     sizes = {t.name: t.nbytes for t in plan.tensors}
     largest = max((sum(sizes[name] for name in shard) for shard in plan.shards), default=0)
     needed = plan.bytes_written + min(largest, plan.bytes_written) # the parts of a file are deleted when it is there
@@ -104,6 +106,7 @@ def carry_out(
     tasks: Mapping[str, Checkpoint],
     out: str, # what is to appear
     summary: Callable[[dict, str], str], # report, out -> text
+    any_base: bool = False, # expand: go on although the archive was made from another base
     **options, # of `run_options`
 ) -> str: # what to print
     "Show a plan, and unless only that was asked for, carry it out."
@@ -112,7 +115,7 @@ def carry_out(
     engine, silent = choose_engine(options["engine"], options["address"]), options["quiet"] or options["json"]
     check_space(work, out)
     if not silent: tqdm.write(work.table() + "\n")
-    report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"])
+    report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"], any_base=any_base)
     return json_format.dumps(report, indent=1, allow_nan=False) if options["json"] else summary(report, out)
 
 # %% ../../nbs/scale/30d1_running.ipynb #c7859fae

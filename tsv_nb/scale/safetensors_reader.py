@@ -178,13 +178,13 @@ class SafetensorsReader:
         except ValueError as e:
             self.file.check_unchanged() # a file that is being written is another trouble
             raise damaged(self.where, str(e)) from e
-        self.digest = hashlib.sha256(raw).hexdigest()
+        self.digest, self.begin = hashlib.sha256(raw).hexdigest(), 8 + len(raw)
     def read(self, name: str) -> Tensor: # in memory of its own
         "One tensor."
         return read_tensor(self.file, self.entries[name])
     def check_unchanged(self) -> None: # raises `ValueError`
         "Whether the file is the one that was opened."
         self.file.check_unchanged()
-    def fingerprint(self) -> dict: # size, version and sha256 of the header
-        "What tells this file from another version of it, without reading its numbers."
-        return dict(size=self.file.size, mtime_ns=self.file.version, sha256=self.digest)
+    def fingerprint(self) -> dict: # size, version, sha256 of the header, and of some blocks of the numbers
+        "What tells this file from another version of it, without reading all its numbers."
+        return dict(size=self.file.size, mtime_ns=self.file.version, sha256=self.digest, sampled=self.file.sampled(self.begin))

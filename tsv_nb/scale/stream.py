@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import fitting
-from .parts import part_path, save_json, write_part
+from .outputs import base_sample, check_base
+from .parts import entry_of, part_path, save_json, write_part
 from .planned import Plan, PlannedTensor
 from .tensor_work import WORK, Job, Reader
 from .work import WorkFolder
@@ -96,7 +97,7 @@ def run_unit(
     path = part_path(job.folder, unit)
     _sign(job.folder)
     save_json(path.with_suffix(".seconds"), seconds) # not in the part: no two runs take the same time
-    write_part(path, tensors, dict(unit=unit, report=report, read=read.read, dtypes=dtypes))
+    write_part(path, tensors, dict(plan=job.digest, unit=unit, report=report, read=read.read, dtypes=dtypes))
     return {name: entry | dict(seconds=seconds[name]) for name, entry in report.items()}
 
 # %% ../../nbs/scale/30c_stream.ipynb #2e259095
@@ -164,20 +165,24 @@ def run_plan(
     progress: bool = True, # show a bar, with the time that is left
     restart: bool = False, # throw an unfinished run away
     overwrite: bool = False, # replace `out` if it exists
+    any_base: bool = False, # expand: go on although the archive was made from another base
 ) -> dict: # the report, which is also written; `ValueError` if the checkpoints are not those of the plan
     "Carry a plan out, or go on with it; the output appears when all of it is there."
     start, before = time.perf_counter(), _status("VmRSS") or peak_rss()
     _check_inputs(plan, base, tasks)
+    archive = next(iter(tasks.values())) if plan.command == "expand" and not any_base else None
+    if archive is not None: check_base(archive, base, {n: entry_of(base[n]) for n in base_sample(archive) if n in base}) # a few tensors now, all of them in the end
     with WorkFolder(plan, out, restart, overwrite, {"base": base, **tasks}) as work:
         if work.published: return work.cleaned()
         job, resumed, attempt = Job(plan, base, dict(tasks), str(work.folder)), len(plan.units), 0
         cost = [sum(_cost(job.planned[name], len(tasks)) for name in names) for names in plan.units]
         while units := work.todo():
-            if attempt == 3: raise OSError(f"parts in {str(work.folder)!r} are damaged again and again; check that disk.")
+            if attempt == 3: raise OSError(f"parts in {str(work.folder)!r} are damaged again and again, or replaced by those of another run; check that disk, and that no worker of an earlier run is left.")
             if not attempt: resumed -= len(units); _warn_of_others(work)
             _drive(engine(job, units), work, cost, sum(cost) - sum(cost[u] for u in units), progress)
             attempt += 1
         for checkpoint in (base, *tasks.values()): checkpoint.check_unchanged()
+        if archive is not None: check_base(archive, base, work.read_from("base"))
         session = dict(seconds=round(time.perf_counter() - start, 2), units=len(plan.units), resumed=resumed, peak_rss=peak_rss(), rss_at_start=before, machines=machines(work.folder))
         if len(session["machines"]) > 1: session["notes"] = ["parts were computed by several kinds of machines: last bits may differ from those of a run on one"]
         return work.finish(base, session)

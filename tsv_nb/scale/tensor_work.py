@@ -39,6 +39,10 @@ class Job:
     def planned(self) -> dict[str, PlannedTensor]:
         "What is to be done with each tensor."
         return {t.name: t for t in self.plan.tensors}
+    @cached_property
+    def digest(self) -> str:
+        "The plan's, which stands in every part: a part of another plan is none."
+        return self.plan.digest()
 
 # %% ../../nbs/scale/30c1_tensor_work.ipynb #cc30f02d
 @dataclass

@@ -16,9 +16,9 @@ from pathlib import Path
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from .byte_files import is_url, open_bytes
-from .outputs import companions_of, copy_companion, file_sha256, input_digests, made_by_a_run, metadata_of, read_json, receipt_of, within
-from .parts import DamagedPart, Entry, assemble, part_path, read_part, save_json, sync_folder, writing
+from .byte_files import check_output, is_url, open_bytes
+from .outputs import added_to, companions_of, copy_companion, file_sha256, input_digests, made_by_a_run, metadata_of, read_json, receipt_of, within
+from .parts import DamagedPart, Entry, Part, assemble, part_path, read_part, save_json, sync_folder, writing
 from .planned import Plan
 
 # %% ../../nbs/scale/30c3_work.ipynb #381061f6
@@ -31,6 +31,7 @@ class WorkFolder:
         overwrite: bool = False, # replace `out` if it exists and a run has made it
         inputs: Mapping[str, Mapping] | None = None, # "base" and task names -> Checkpoint: they must not be where the output goes
     ):
+        check_output(out)
         self.plan, self.out, self.restart, self.overwrite, self.inputs = plan, Path(os.path.abspath(out)), restart, overwrite, inputs or {}
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.single = self.out.suffix in (".safetensors", ".json")
@@ -43,7 +44,7 @@ class WorkFolder:
         self.units = [[] for _ in plan.shards or [()]] # of each shard; of none: all in one
         for u, names in enumerate(plan.units): self.units[shard[names[0]] if shard else 0].append(u)
         self.shard = {u: i for i, units in enumerate(self.units) for u in units}
-        self.have, self.done = set(), {} # units with a part; shard -> its receipt
+        self.have, self.done, self.digest = set(), {}, plan.digest() # units with a part; shard -> its receipt
 
     def part(self, unit: int) -> Path:
         "Where the part of a unit is."
@@ -97,6 +98,7 @@ def _free(self: WorkFolder, *paths: Path | None, late: bool = False) -> None:
         if path is None or not os.path.lexists(path): continue
         if not self.overwrite: raise ValueError(f"{str(path)!r} exists{' now' * late}; {way}, or replace it with --overwrite (overwrite=True).")
         if not made_by_a_run(path): raise ValueError(f"{str(path)!r} is no output of tsv-nb, and --overwrite replaces nothing else; {way}.")
+        if others := added_to(path): raise ValueError(f"{str(path)!r} is not replaced, because {others[0]!r}{f' and {len(others) - 1} more' * (len(others) > 1)} would be lost with it; move that away{way.removeprefix('move it away') if late else ', or ' + way}.")
 
 # %% ../../nbs/scale/30c3_work.ipynb #28049b5e
 @patch
@@ -142,7 +144,7 @@ def _appeared(self: WorkFolder) -> str | None:
 @patch(as_prop=True)
 def published(self: WorkFolder) -> bool:
     "Whether this very run has finished, and was killed before it had cleaned up."
-    return self._appeared == self.plan.digest()
+    return self._appeared == self.digest
 
 
 @patch
@@ -177,13 +179,21 @@ def _clear(self: WorkFolder, all: bool = False) -> None:
 
 # %% ../../nbs/scale/30c3_work.ipynb #40fe5d52
 @patch
+def _read(self: WorkFolder, unit: int) -> Part: # `DamagedPart` also for one of another unit or plan
+    "The part of a unit."
+    part = read_part(self.part(unit))
+    if (part.facts.get("plan"), part.facts.get("unit")) != (self.digest, unit): raise DamagedPart(part.path, "it is of another run")
+    return part
+
+
+@patch
 def todo(self: WorkFolder) -> list[int]: # units
     "Look through the folder: what is left to do. Shards whose parts are all there are put together."
     for old in self.folder.rglob(".*.tmp"): old.unlink(missing_ok=True)
     for shard, units in enumerate(self.units):
         if self._finished(shard): continue
         for unit in units:
-            try: self.have |= {read_part(self.part(unit)).facts["unit"]} & {unit}
+            try: self._read(unit); self.have.add(unit)
             except FileNotFoundError: self.have.discard(unit)
             except DamagedPart as e: e.path.unlink(); self.have.discard(unit)
         self._assemble(shard)
@@ -211,11 +221,11 @@ def collect(
 # %% ../../nbs/scale/30c3_work.ipynb #678a5dc8
 @patch
 def _assemble(self: WorkFolder, shard: int) -> None:
-    "Put a shard together, if its parts are there; a damaged part is deleted, and counts as not done."
+    "Put a shard together, if its parts are there; a part that is damaged or of another run is deleted, and counts as not done."
     units = self.units[shard]
     if shard in self.done or not self.have.issuperset(units): return
     try:
-        parts = [read_part(self.part(unit)) for unit in units]
+        parts = [self._read(unit) for unit in units]
         receipt = receipt_of(parts)
         if self.files:
             path = self.folder / "out" / self.files[shard]
@@ -227,6 +237,15 @@ def _assemble(self: WorkFolder, shard: int) -> None:
     save_json(self.receipt(shard), receipt)
     self.done[shard] = receipt
     for unit in units: self.part(unit).unlink(); self.part(unit).with_suffix(".seconds").unlink(missing_ok=True)
+
+
+@patch
+def read_from(
+    self: WorkFolder,
+    source: str, # "base" or a task
+) -> dict[str, Sequence]: # name -> (dtype, shape, bytes, sha256)
+    "What finished shards have read from an input."
+    return {name: entry for receipt in self.done.values() for name, entry in receipt["read"].get(source, {}).items()}
 
 # %% ../../nbs/scale/30c3_work.ipynb #d81ac951
 @patch
@@ -247,15 +266,14 @@ def finish(
     "Write what belongs to the shards, and make the output appear."
     receipts, ready = [self.done[shard] for shard in range(len(self.units))], self.folder / "out"
     read = input_digests(receipts) # in the order of reading; what is told by task, as the pairs of an interference, is in the plan's
-    order = {t.name: i for i, t in enumerate(self.plan.tensors)}
+    beside, order = companions_of(base) if self.files and not self.single else {}, {t.name: i for i, t in enumerate(self.plan.tensors)}
     tensors = {name: entry for receipt in receipts for name, entry in receipt["report"].items()}
-    report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["tsv_nb"], plan=self.plan.digest(), options=self.plan.options,
+    report = dict(command=self.plan.command, method=self.plan.options["method"], version=self.plan.options["tsv_nb"], plan=self.digest, options=self.plan.options,
                   inputs={source: facts | dict(content=read[source]) if source in read else facts for source, facts in self.plan.inputs.items()}, notes=list(self.plan.notes),
                   files={r["file"]: dict(bytes=r["size"], sha256=r["sha256"]) for r in receipts if r["file"]},
-                  tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
+                  companions=sorted(beside), tensors=dict(sorted(tensors.items(), key=lambda item: order[item[0]])), session=dict(session))
     if len(self.files) > 1: self._index(receipts)
-    if self.files and not self.single:
-        for name, source in companions_of(base).items(): copy_companion(source, ready / name, self.plan.options.get("dtype"))
+    for name, source in beside.items(): copy_companion(source, ready / name, self.plan.options.get("dtype"))
     save_json(ready / (self.beside.name if self.beside else self.out.name if self.single else "tsv_report.json"), report)
     self._publish(report)
     return report
