@@ -14,8 +14,9 @@ import pytest
 import torch
 from ray_nodes import add_node, kill_node, light_nodes
 from safetensors.torch import save_file
+from web_server import served
 
-from tsv_nb.scale import distributed
+from tsv_nb.scale import commands, distributed
 from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.distributed import ray_connection, ray_engine, unit_slots
 from tsv_nb.scale.plan import make_plan
@@ -36,8 +37,9 @@ def inputs(tmp_path_factory):
 
 
 def make_run(inputs, out, **options):
-    "(run, plan): `run(engine)` merges into `out`."
-    base, tasks = open_checkpoint(inputs / "base.safetensors"), {t: open_checkpoint(inputs / f"{t}.safetensors") for t in "ab"}
+    "`run(engine)` merges into `out`; `inputs` is a folder or an address."
+    base, *tasks = [open_checkpoint(f"{inputs}/{name}.safetensors") for name in ("base", "a", "b")]
+    tasks = dict(zip("ab", tasks))
     plan = one_unit_each(make_plan("merge", base, tasks, threads=1))
     return lambda engine=local_engine: run_plan(plan, base, tasks, out, engine=engine, progress=False, **options)
 
@@ -149,6 +151,43 @@ def test_same_bytes_as_the_local_engine(cluster, inputs, reference, tmp_path):
     make_run(inputs, tmp_path / "out")(ray_engine())
     assert digests(tmp_path / "out") == reference and ray.is_initialized() # the connection was ours
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def on_nodes(monkeypatch, diary):
+    "Have workers write down where they are; a function that reads it: [(process, node)], one for every copy of a unit."
+    def noted(*args):
+        import ray
+        from tsv_nb.scale.distributed import _on_worker
+        open(diary, "a").write(f"{os.getpid()}:{ray.get_runtime_context().get_node_id()}:{','.join(map(str, ray.get_gpu_ids()))}\n")
+        return _on_worker(*args)
+    monkeypatch.setattr(distributed, "_on_worker", noted)
+    return lambda: [tuple(line.split(":")) for line in counted(diary)]
+
+
+def tsv_merge(inputs, out, *argv):
+    "The command, with a unit for each tensor."
+    make = commands.make_plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "make_plan", lambda *args, **options: one_unit_each(make(*args, **options)))
+        commands.tsv_merge([*(f"{inputs}/{name}.safetensors" for name in ("base", "a", "b")), "--out", str(out), "--threads", "1", "--quiet", *map(str, argv)])
+
+
+def test_the_command_runs_on_the_nodes_of_its_address(cluster, inputs, reference, tmp_path, monkeypatch):
+    where = on_nodes(monkeypatch, str(tmp_path / "diary"))
+    tsv_merge(inputs, tmp_path / "out", "--engine", "ray", "--address", cluster.address)
+    assert digests(tmp_path / "out") == reference
+    assert len(where()) >= N_UNITS and {node for _, node, _ in where()} <= {n.node_id for n in cluster.nodes} and str(os.getpid()) not in {pid for pid, *_ in where()}
+    with pytest.raises(SystemExit, match="is connected to the Ray cluster at .*; leave the address out"): tsv_merge(inputs, tmp_path / "other", "--engine", "ray", "--address", "10.0.0.1:6379") # it is the address that decides
+
+
+def test_inputs_at_an_address_are_read_by_the_workers(cluster, inputs, reference, tmp_path, monkeypatch):
+    where = on_nodes(monkeypatch, str(tmp_path / "diary"))
+    with served(inputs) as (url, asked):
+        run = make_run(url, tmp_path / "out")
+        asked.clear() # headers, for the plan
+        run(ray_engine())
+    assert digests(tmp_path / "out") == reference and len(where()) >= N_UNITS
+    assert {path for path, _ in asked} == {f"/{name}.safetensors" for name in ("base", "a", "b")} and len(asked) >= 3 * N_UNITS # in pieces, each where it is needed
 
 
 @pytest.mark.parametrize("first, second", [(local_engine, ray_engine()), (ray_engine(), local_engine)], ids=["local, then ray", "ray, then local"])
