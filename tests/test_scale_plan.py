@@ -107,7 +107,15 @@ def test_every_default_rule(kind, end):
     assert Rules(include=[bare]).choose(bare, 2).decomposed and Rules(exclude=[]).choose(bare, 2).decomposed
 
 
-@pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.output.dense.weight", "lm_head.dense.weight", "transformer.wpe.weight", "visual.positional_embedding", "layers.0.mlp.shared_expert.up_proj.weight",
+@pytest.mark.parametrize("name, kind", [("vocab_projector.weight", "output head"), ("model.language_model.embed_tokens_per_layer.weight", "token embedding"), ("transformer.output_layer.weight", "output head"),
+                                        ("transformer.word_embedding.weight", "token embedding"), ("lm_loss.weight", "output head"), ("classification_head.out_proj.weight", "output head"),
+                                        ("generator_lm_head.weight", "output head"), ("cls_classifier.weight", "output head"), ("distillation_classifier.weight", "output head")])
+def test_embeddings_and_heads_of_known_architectures(name, kind): # DistilBERT, Gemma 3n, ChatGLM, XLNet (two), BART, ELECTRA, DeiT (two)
+    assert kind_of(name)[0] == kind and not Rules().choose(name, 2).decomposed
+
+
+@pytest.mark.parametrize("name", ["model.decoder.layers.0.self_attn.out_proj.weight", "transformer.encoder.layers.0.mlp.output_layer.weight", "bert.encoder.layer.0.output.dense.weight", "classification_head.dense.weight",
+                                  "bert.encoder.layer.0.attention.output.dense.weight", "lm_head.dense.weight", "transformer.wpe.weight", "visual.positional_embedding", "layers.0.mlp.shared_expert.up_proj.weight",
                                   "layer4.0.fc.weight", "attn_head.weight", "cls.predictions.transform.dense.weight", "bert.pooler.dense.weight"])
 def test_layers_are_not_taken_for_something_else(name): assert Rules().choose(name, 2).decomposed
 

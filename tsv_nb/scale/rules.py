@@ -19,10 +19,12 @@ from torch import Tensor
 # %% ../../nbs/scale/30b2_rules.ipynb #32516857
 KINDS: dict[str, tuple[str, ...]] = { # what is not decomposed by default; the names are the ends of keys, those with ^ whole keys
     "token embedding": ("wte.weight", "embed_tokens.weight", "word_embeddings.weight", "token_embedding.weight", "token_type_embeddings.weight", "tok_embeddings.weight", "tokens_embed.weight",
-                        "embed_in.weight", "shared.weight", "embedding.weight", "embeddings.weight", "emb.weight"),
+                        "embed_in.weight", "shared.weight", "embedding.weight", "embeddings.weight", "emb.weight", "word_embedding.weight", "embed_tokens_per_layer.weight"),
     "output head": ("lm_head.weight", "lm_head.bias", "lm_head.decoder.weight", "lm_head.decoder.bias", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "cls.predictions.bias",
                     "seq_relationship.weight", "seq_relationship.bias", "embed_out.weight", "final_logits_bias", "classifier.weight", "classifier.bias", "classifier.out_proj.weight",
-                    "classifier.out_proj.bias", "score.weight", "qa_outputs.weight", "qa_outputs.bias", "head.weight", "head.bias", "head.fc.weight", "head.fc.bias", "^output.weight", "^fc.weight", "^fc.bias"),
+                    "classifier.out_proj.bias", "score.weight", "qa_outputs.weight", "qa_outputs.bias", "head.weight", "head.bias", "head.fc.weight", "head.fc.bias", "^output.weight", "^fc.weight", "^fc.bias",
+                    "vocab_projector.weight", "vocab_projector.bias", "lm_loss.weight", "lm_loss.bias", "generator_lm_head.weight", "generator_lm_head.bias", "transformer.output_layer.weight",
+                    "classification_head.out_proj.weight", "classification_head.out_proj.bias", "cls_classifier.weight", "cls_classifier.bias", "distillation_classifier.weight", "distillation_classifier.bias"),
     "text projection": ("text_projection", "text_projection.weight"),
 }
 _ENDS = {end: (kind, end.lstrip("^")) for kind, ends in KINDS.items() for end in ends}
