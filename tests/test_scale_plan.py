@@ -143,7 +143,9 @@ def test_a_pattern_that_fits_nothing(option):
 
 @pytest.mark.parametrize("name, shape, cut", [
     ("a.in_proj_weight", (24, 8), Cut(3, 0)), ("a.in_proj_weight", (24, 5), Cut(3, 0)), ("a.qkv.weight", (24, 8), Cut(3, 0)), ("a.Wqkv.weight", (24, 8), Cut(3, 0)), ("qkv.weight", (24, 8), Cut(3, 0)),
-    ("h.0.attn.c_attn.weight", (8, 24), Cut(3, 1)), ("h.0.attn.c_attn.weight", (24, 8), Cut(3, 0)), ("a.qkv.bias", (24,), Cut()), ("a.query_key_value.weight", (24, 8), Cut()), ("a.wqkv.weight", (24, 8), Cut()), ("h.0.w", (24, 8), Cut())])
+    ("h.0.attn.c_attn.weight", (8, 24), Cut(3, 1)), ("h.0.attn.c_attn.weight", (24, 8), Cut(3, 0)), ("a.qkv.bias", (24,), Cut()), ("a.query_key_value.weight", (24, 8), Cut()), ("a.wqkv.weight", (24, 8), Cut()), ("h.0.w", (24, 8), Cut()),
+    ("h.0.self_attn.W_pack.weight", (24, 8), Cut(3, 0)), ("h.0.attn.to_qkv.weight", (36, 8), Cut(3, 0)), ("blk.0.attn_qkv.weight", (24, 8), Cut(3, 0)), ("blk.0.attn_qkv.weight", (16, 8), Cut()),
+    ("h.0.self_attn.qkv_proj.weight", (24, 8), Cut(3, 0)), ("h.0.self_attn.qkv_proj.weight", (12, 8), Cut()), ("h.0.attn.qkv_proj.weight", (24, 8), Cut())])
 def test_cuts(name, shape, cut):
     assert cut_of(name, shape, "qkv") == cut and cut_of(name, shape, None) == Cut()
     x = torch.randn(shape)
@@ -151,7 +153,22 @@ def test_cuts(name, shape, cut):
     assert len(parts) == cut.parts and cut.join(parts).equal(x) and (len(shape) != 2 or all(tuple(p.shape) == cut.shape(shape) for p in parts))
 
 
-@pytest.mark.parametrize("name, shape", [("a.in_proj_weight", (25, 8)), ("a.qkv.weight", (30, 8)), ("h.0.attn.c_attn.weight", (8, 12))])
+def test_a_split_says_what_it_does_not_reach():
+    "Also where nothing is split: then it is an error."
+    def plan(split="qkv", command="merge", exclude=None, **shapes):
+        x = {n.replace("__", "."): blank(*s) for n, s in shapes.items()}
+        return make_plan(command, x, dict(a=x, b=x), split=split, threads=1, exclude=exclude)
+    falcon, phi = {f"h__{i}__query_key_value__weight": (24, 8) for i in range(3)}, {"h__0__self_attn__qkv_proj__weight": (16, 8)}
+    notes = plan(h__9__attn__to_qkv__weight=(24, 8), **falcon, **phi).notes
+    assert notes == ("fused, and left whole: h.{0…2}.query_key_value.weight (q, k and v of each head lie together)", "fused, and left whole: h.0.self_attn.qkv_proj.weight (q, k and v are of different size)")
+    assert plan(None, **falcon).notes == () == plan(h__0__self_attn__W_pack__weight=(24, 8)).notes
+    for command in ("merge", "interference"):
+        with pytest.raises(ValueError, match=r"split is 'qkv' \(--split\), and no tensor is a fused q, k, v that falls into thirds; 'h.0.query_key_value.weight' is left whole: q, k and v of each head lie together; leave split out"): plan(command=command, **falcon)
+        with pytest.raises(ValueError, match="falls into thirds; leave split out"): plan(command=command, w=(24, 8))
+    assert plan(h__0__qkv__weight=(24, 8), h__1__qkv__weight=(25, 8), exclude=["h.1"]).notes == () # not asked for
+
+
+@pytest.mark.parametrize("name, shape", [("a.W_pack.weight", (25, 8)), ("a.to_qkv.weight", (25, 8)), ("a.in_proj_weight", (25, 8)), ("a.qkv.weight", (30, 8)), ("h.0.attn.c_attn.weight", (8, 12))])
 def test_what_cannot_be_cut(name, shape):
     with pytest.raises(ValueError, match=rf"tensor '{name}' of shape \({shape[0]}, {shape[1]}\) cannot be split into q, k and v"): cut_of(name, shape, "qkv")
 

@@ -21,7 +21,8 @@ from ..polar import POLAR_METHODS
 from .estimates import STEPS, Item, measured_rates, process_bytes, run_seconds, tensor_bytes, tensor_seconds
 from .match import Match, match_tensors, second_names
 from .planned import COMMANDS, Plan, PlannedTensor, cut_units, fill, size_bytes
-from .rules import Cut, Rules, cut_of
+from .rules import Cut, Rules, cut_of, left_whole
+from .tables import group_names
 from ..task_vectors import header, task_weights
 
 # %% ../../nbs/scale/30b_plan.ipynb #88cd6dd8
@@ -121,11 +122,20 @@ def _draw(command: str, name: str, m: Match, rules: Rules, tasks: Sequence[str],
     return Drawn(line, item, read if how != "copy" or command != "interference" else 0, _written(command, line))
 
 # %% ../../nbs/scale/30b_plan.ipynb #b31106e1
+def _split_notes(shapes: Mapping[str, Sequence[int]]) -> list[str]: # `ValueError` if none is split
+    "What split='qkv' does not reach."
+    whole = {n: why for n, s in shapes.items() if (why := left_whole(n, s))}
+    if not any(cut_of(n, s, "qkv").parts > 1 for n, s in shapes.items()):
+        raise ValueError("split is 'qkv' (--split), and no tensor is a fused q, k, v that falls into thirds" + "".join(f"; {n!r} is left whole: {why}" for n, why in list(whole.items())[:1]) + "; leave split out.")
+    return [f"fused, and left whole: {names} ({why})" for names, why, _ in group_names(whole.items())]
+
+
 def _draw_all(command: str, base: Mapping, tasks: Mapping[str, Mapping], options: dict) -> tuple[list[Drawn], list[str]]:
     "The lines of a run that compares checkpoints with their base, and notes."
     rules = Rules(options["include"], options["exclude"])
     matches, notes = match_tensors(base, tasks, options["vocab"], options["missing"], options["extra"])
     rules.check_used(list(base))
+    if options.get("split"): notes = notes + _split_notes({name: m.shape for name, m in matches.items() if not m.copied and rules.choose(name, len(m.shape)).decomposed})
     if command == "compress":
         ints = [n for n, m in matches.items() if not m.start.is_floating_point()]
         matches, notes = {n: m for n, m in matches.items() if n not in {*ints}}, notes + [f"{len(ints)} integer tensors are the base's, and not in the archive"] * bool(ints)
