@@ -164,11 +164,11 @@ def on_nodes(monkeypatch, diary):
     return lambda: [tuple(line.split(":")) for line in counted(diary)]
 
 
-def tsv_merge(inputs, out, *argv):
+def tsv_merge(inputs, out, *argv, cut=one_unit_each):
     "The command, with a unit for each tensor."
     make = commands.make_plan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "make_plan", lambda *args, **options: one_unit_each(make(*args, **options)))
+        patch.setattr(commands, "make_plan", lambda *args, **options: cut(make(*args, **options)))
         commands.tsv_merge([*(f"{inputs}/{name}.safetensors" for name in ("base", "a", "b")), "--out", str(out), "--threads", "1", "--quiet", *map(str, argv)])
 
 
@@ -178,6 +178,38 @@ def test_the_command_runs_on_the_nodes_of_its_address(cluster, inputs, reference
     assert digests(tmp_path / "out") == reference
     assert len(where()) >= N_UNITS and {node for _, node, _ in where()} <= {n.node_id for n in cluster.nodes} and str(os.getpid()) not in {pid for pid, *_ in where()}
     with pytest.raises(SystemExit, match="is connected to the Ray cluster at .*; leave the address out"): tsv_merge(inputs, tmp_path / "other", "--engine", "ray", "--address", "10.0.0.1:6379") # it is the address that decides
+
+
+def test_units_with_a_gpu(cluster, inputs, reference, tmp_path, monkeypatch):
+    "A node that says it has one; Ray believes it, and a process for each unit that has a GPU is its way, so there is one unit."
+    where, argv = on_nodes(monkeypatch, str(tmp_path / "diary")), ["--engine", "ray", "--address", cluster.address, "--num-gpus", "1", "--memory-per-unit", "300MB"]
+    node = add_node(cluster, num_cpus=1, num_gpus=1)
+    try:
+        tsv_merge(inputs, tmp_path / "out", *argv, "--device", "cpu", cut=lambda plan: plan)
+        if not torch.cuda.is_available():
+            with pytest.raises(SystemExit, match="node .*: the plan decomposes matrices on a GPU .*PyTorch finds none here"): tsv_merge(inputs, tmp_path / "other", *argv, cut=lambda plan: plan)
+    finally: cluster.remove_node(node)
+    assert digests(tmp_path / "out") == reference and {(n, gpus) for _, n, gpus in where()} == {(node.node_id, "0")}
+
+
+def test_a_plan_for_gpus_asks_for_them(inputs, tmp_path, monkeypatch):
+    needed = []
+    class Flight:
+        "Notes what a unit needs."
+        def __init__(self, ray, job, work, token, needs, retries): needed.append(needs["GPU"]); raise KeyboardInterrupt
+    monkeypatch.setattr(distributed, "_Flight", Flight)
+    monkeypatch.setattr(distributed, "ray_connection", lambda address: contextlib.nullcontext())
+    base, *tasks = [open_checkpoint(inputs / f"{name}.safetensors") for name in ("base", "a", "b")]
+    for device, asked in (("cpu", None), ("cuda", None), ("cuda", .5), ("cpu", 1)):
+        with pytest.raises(KeyboardInterrupt): run_plan(make_plan("merge", base, dict(zip("ab", tasks)), threads=1, device=device), base, dict(zip("ab", tasks)), tmp_path / f"{device}{asked}", engine=ray_engine(num_gpus=asked), progress=False)
+    assert needed == [0, 1, .5, 1]
+
+
+def test_a_node_with_another_gpu():
+    flight = object.__new__(distributed._Flight)
+    flight.first = {}
+    flight.compare(dict(gpu="A")); flight.compare(dict(gpu="A"))
+    with pytest.warns(UserWarning, match="a node computes with {'gpu': 'B'}, another one with {'gpu': 'A'}"): flight.compare(dict(gpu="B"))
 
 
 def test_inputs_at_an_address_are_read_by_the_workers(cluster, inputs, reference, tmp_path, monkeypatch):

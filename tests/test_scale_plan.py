@@ -241,7 +241,7 @@ def test_missing_and_extra():
     base, less, more = state(), {k: v for k, v in state(1).items() if k != "h.1.mlp.weight"}, state(2) | {"score.weight": torch.ones(3, 8)}
     with pytest.raises(StateDictKeyError, match=r"task 'less': 1 missing tensor: 'h.1.mlp.weight'.*missing='base' \(--missing base\) takes the base's"): make_plan("merge", base, dict(less=less))
     with pytest.raises(StateDictKeyError, match=r"task 'more': 1 extra tensor: 'score.weight'.*extra='ignore' \(--extra ignore\) leaves them out"): make_plan("merge", base, dict(more=more))
-    plan = make_plan("merge", base, dict(less=less, more=more), missing="base", extra="ignore")
+    plan = make_plan("merge", base, dict(less=less, more=more), missing="base", extra="ignore", device="cuda")
     line = next(t for t in plan.tensors if t.name == "h.1.mlp.weight")
     assert (line.how, line.rank, line.absent) == ("merge", 4, ("less",)) and [t.name for t in plan.tensors] == list(base)
     assert "task 'less': 1 missing, the base's are taken: 'h.1.mlp.weight'" in plan.notes and "task 'more': 1 extra, left out: 'score.weight'" in plan.notes
@@ -256,7 +256,7 @@ def test_a_task_without_any_tensor_of_the_base(rename, message):
     "Whatever the options say: the run would write the base."
     base = {f"model.{n}": t for n, t in state().items()}
     stranger = {rename(n): t for n, t in base.items()}
-    for options in ({}, dict(missing="base", extra="ignore")):
+    for options in ({}, dict(missing="base", extra="ignore", device="cuda")):
         with pytest.raises(StateDictKeyError, match=f"task 'a' has no tensor of the base: .*{message}"): make_plan("merge", base, dict(b=base, a=stranger), **options)
 
 
@@ -386,9 +386,9 @@ def test_wrong_tasks():
     with pytest.raises(StateDictKeyError, match="1 missing \\('b'\\)"): make_plan("expand", dict(w=torch.ones(2), b=torch.ones(2)), dict(a={"dense/w": torch.ones(2)}))
 
 
-CHANGES = {"merge": dict(rank=1, alpha=.5, orthogonalize="eigh", split="qkv", weights=[1., 2.], include=["wte"], exclude=["mlp"], vocab="common", dtype="float16", shard_size="1KB", threads=3, missing="base", extra="ignore"),
-           "compress": dict(rank=1, ratio=.3, include=["wte"], exclude=["mlp"], vocab="common", dtype="float16", threads=3, missing="base", extra="ignore"),
-           "interference": dict(rank=1, split="qkv", include=["wte"], exclude=["mlp"], vocab="common", threads=3, missing="base", extra="ignore")}
+CHANGES = {"merge": dict(rank=1, alpha=.5, orthogonalize="eigh", split="qkv", weights=[1., 2.], include=["wte"], exclude=["mlp"], vocab="common", dtype="float16", shard_size="1KB", threads=3, missing="base", extra="ignore", device="cuda"),
+           "compress": dict(rank=1, ratio=.3, include=["wte"], exclude=["mlp"], vocab="common", dtype="float16", threads=3, missing="base", extra="ignore", device="cuda"),
+           "interference": dict(rank=1, split="qkv", include=["wte"], exclude=["mlp"], vocab="common", threads=3, missing="base", extra="ignore", device="cuda")}
 
 
 @pytest.mark.parametrize("command", CHANGES)

@@ -106,6 +106,7 @@ def expand_command(
     **kwargs
 ) -> str: # what to print
     "Make a fine-tuned checkpoint again, from the base and an archive. Example: tsv_expand base task.safetensors --out task"
+    if kwargs.get("num_gpus"): raise ValueError("tsv_expand computes on the CPU; leave --num-gpus out.")
     start, tuned = open_checkpoint(base), {"archive": open_archive(archive)}
     plan = make_plan("expand", start, tuned, alpha=alpha, dtype=dtype, threads=threads, shard_size=_most(shard_size, out))
     return carry_out(plan, start, tuned, out, finished_line, **kwargs)
