@@ -129,6 +129,19 @@ def test_unreachable_address():
     assert time.monotonic() - start < 6
 
 
+@pytest.mark.parametrize("address, text", [(None, "Ray did not start on this machine .The current node timed out during startup.*try again, or start Ray yourself with `ray start --head` and pass the address that it prints"),
+                                           ("auto", "no Ray cluster at 'auto' .The current node timed out.*ray start --head")])
+def test_ray_that_is_slow_to_start(inputs, tmp_path, monkeypatch, address, text):
+    "It raises a bare Exception, which a command would show with a traceback."
+    ray = pytest.importorskip("ray")
+    if ray.is_initialized(): pytest.skip("a connection is open")
+    closed = []
+    def init(*args, **options): raise Exception("The current node timed out during startup. This could happen because some of the Ray processes failed to startup.\nMore.")
+    monkeypatch.setattr(ray, "init", init); monkeypatch.setattr(ray, "shutdown", lambda: closed.append(1))
+    with pytest.raises(SystemExit, match=text): tsv_merge(inputs, tmp_path / "out", "--engine", "ray", *(["--address", address] if address else []))
+    assert closed and not (tmp_path / "out").exists()
+
+
 def test_a_worker_needs_memory_for_itself(inputs, tmp_path, monkeypatch):
     "What is reserved is the plan's growth and what a process takes that has imported everything."
     taken = subprocess.run([sys.executable, "-c", "import tsv_nb.scale.distributed; from tsv_nb.scale.stream import peak_rss; print(peak_rss())"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True).stdout

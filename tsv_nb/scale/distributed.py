@@ -60,8 +60,10 @@ def _answers(address: str) -> None:
 
 
 def _unreachable(address: str | None, why: Exception) -> ConnectionError:
-    "The error for a cluster that is not there."
-    return ConnectionError(f"no Ray cluster at {address!r} ({str(why).splitlines()[0] if str(why) else type(why).__name__}). Start one with `ray start --head` and pass the address that it prints, or leave the address out to use this machine.")
+    "The error for a cluster that is not there, or did not start."
+    said = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
+    if not address: return ConnectionError(f"Ray did not start on this machine ({said}). It may be too busy: try again, or start Ray yourself with `ray start --head` and pass the address that it prints (--address).")
+    return ConnectionError(f"no Ray cluster at {address!r} ({said}). Start one with `ray start --head` and pass the address that it prints, or leave the address out to use this machine.")
 
 # %% ../../nbs/scale/32_distributed.ipynb #e9a4234b
 _INSTALL = "pip install 'tsv-nb[ray] @ git+https://github.com/tsv-nb/tsv-nb'" # not on PyPI yet
@@ -82,7 +84,9 @@ def ray_connection(
     if address: _answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0") # a cluster that we start tells nobody
     try: ray.init(address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as e: raise _unreachable(address, e) from e
+    except Exception as e: # Ray raises a bare one where its processes are slow to start
+        ray.shutdown() # what has started
+        raise _unreachable(address, e) from e
     try: yield ray
     finally: ray.shutdown()
 
