@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from fastcore.meta import delegates
-from tqdm.auto import tqdm
 
 from ..checks import check_option
+from ..console import say
 from .checkpoints import Checkpoint
 from .parts import CannotWrite
 from .planned import Plan, size_bytes
@@ -124,7 +124,7 @@ def carry_out(
     engine, silent = choose_engine(*(options[o] for o in ("engine", "address", "num_gpus", "memory_per_unit"))), options["quiet"] or options["json"]
     if options["engine"] == "local": device_of(work) # before anything is begun
     check_space(work, out)
-    if not silent: tqdm.write(work.table() + "\n")
+    if not silent: say(work.table() + "\n")
     report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"])
     return json_format.dumps(report, indent=1, allow_nan=False) if options["json"] else summary(report, out)
 
