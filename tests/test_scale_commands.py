@@ -241,3 +241,13 @@ def test_a_bar_with_the_time_that_is_left(tmp_path, paths, capfd):
     here("tsv_merge", *paths, "--out", tmp_path / "out")
     err = capfd.readouterr().err
     assert "merge 100%|" in err and "<00:00" in err
+
+
+def test_a_base_given_as_the_file_of_its_folder(tmp_path):
+    "What it needs to be loaded comes along, as with the folder."
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.randn(9, 8)}, tmp_path / name / "model.safetensors")
+        for other in ("config.json", "tokenizer.json"): (tmp_path / name / other).write_text("{}")
+    commands.tsv_merge([str(tmp_path / name / "model.safetensors") for name in ("base", "a")] + ["--out", str(tmp_path / "out"), "--quiet"])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "tokenizer.json", "model.safetensors", "tsv_report.json"}
