@@ -201,6 +201,8 @@ def test_kinds_of_parameters():
     def parsed(*argv): return console.command_options(f, "f", argv)
     assert parsed("here") == dict(folder="here", share=None, n=3, bar=True, log_dir="", quiet=False)
     assert parsed("a_b", "--share", "-.5", "--no_bar", "--log_dir=x_y", "--quiet") == dict(folder="a_b", share=-.5, n=3, bar=False, log_dir="x_y", quiet=True)
+    for text, share in (("-1e-1", -.1), ("-2.", -2.), ("-1E+2", -100.)): assert parsed("x", "--share", text)["share"] == share
+    assert parsed("x", "--log-dir", "-0.5,1")["log_dir"] == "-0.5,1"
     text = console.command_parser(f, "f").format_help()
     assert "usage: f FOLDER [options]" in text and "10% or so" in text and text.count("default") == 1
 

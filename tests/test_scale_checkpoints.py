@@ -477,7 +477,22 @@ def test_companions(tmp_path):
     (folder / "onnx").mkdir(); (folder / "onnx" / "config.json").write_text("{}"); (folder / "sub.json").mkdir()
     c = open_checkpoint(folder)
     assert [os.path.basename(o) for o in c.companions()] == sorted(copied) and c.ignored() == ["adapter_model.safetensors", "model.fp16.bin"]
-    assert open_checkpoint(folder / next(iter(PARTS))).companions() == [] == open_checkpoint(ALL).companions()
+    assert open_checkpoint(folder / next(iter(PARTS))).companions() == [] == open_checkpoint(ALL).companions() # a shard is not the model
+
+
+@pytest.mark.parametrize("config", ["config.json", "open_clip_config.json"])
+def test_the_file_of_a_folder_has_its_companions(tmp_path, config, monkeypatch):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for name in (config, "tokenizer.json", "README.md"): (folder / name).write_text("{}")
+    save_file(ALL, folder / "model.safetensors")
+    def beside(path): return [os.path.relpath(o, folder) for o in open_checkpoint(path).companions()]
+    monkeypatch.chdir(folder)
+    for path in (folder, folder / "model.safetensors", "model.safetensors", f"file://{folder}/model.safetensors"): assert beside(path) == sorted([config, "tokenizer.json"])
+    save_file(ALL, folder / "fp16.safetensors")
+    assert beside(folder / "fp16.safetensors") == [] and len(beside(folder / "model.safetensors")) == 2 # not what the folder is opened as
+    (folder / config).unlink()
+    assert beside(folder / "model.safetensors") == [] # no folder of a model
 
 
 # Addresses

@@ -84,6 +84,22 @@ def test_the_plan_comes_first_and_may_be_all(tmp_path, paths, capsys):
     assert said(capsys, "tsv_merge", *paths, "--out", tmp_path / "out").startswith(plan.splitlines()[0])
 
 
+def test_negative_numbers(tmp_path, paths, capsys):
+    plan = json.loads(said(capsys, "tsv_merge", *paths, "--plan", "--json", "--alpha", "-1e-1", "--weights", "-0.5,1,-2e0"))
+    assert plan["options"]["alpha"] == -.1 and plan["options"]["weights"] == [-.5, 1, -2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+@pytest.mark.parametrize("argv", [["tsv_compress", "--plan"], ["tsv_compress", "--plan", "--json"], ["tsv_compress"]])
+def test_nobody_reads_on(tmp_path, paths, argv):
+    "As in `tsv_compress … --plan | head -3`."
+    run = child(argv[0], *paths[:2], "--out", tmp_path / "out.safetensors", *argv[1:])
+    run.stdout.close()
+    err = run.stderr.read()
+    assert (run.wait(60), err) == (141, "")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_json_is_the_report(tmp_path, paths, capsys):
     report = json.loads(said(capsys, "tsv_merge", *paths, "--out", tmp_path / "m.safetensors", "--json"))
     assert timeless(report) == timeless(report_of(tmp_path / "m.safetensors")) and report["command"] == "merge"
@@ -158,6 +174,16 @@ def test_quiet(tmp_path, paths, capfd):
     (["--exclude", "no_such_tensor"], "fits no tensor"), (["--shard-size", "5 apples"], "shard size must be"), (["--dtype", "int8"], "unknown dtype 'int8'"), (["--weights", "1,2"], "2 weights for 3 tasks")])
 def test_wrong_values_are_named(tmp_path, paths, argv, text):
     assert text in refused("tsv_merge", *paths, "--out", tmp_path / "out", *argv) and not list(tmp_path.iterdir())
+
+
+def test_a_shard_size_is_for_a_folder(tmp_path, paths):
+    for argv in (["tsv_merge", *paths], ["tsv_expand", paths[0], archive_of(tmp_path, paths)]):
+        assert f"--shard-size 5GB is for a folder, and --out {tmp_path}/m.safetensors is one file; leave one out, or name a folder" in refused(*argv, "--out", tmp_path / "m.safetensors", "--shard-size", "5GB")
+
+
+def archive_of(tmp_path, paths):
+    commands.tsv_compress([*paths[:2], "--out", str(tmp_path / "a.safetensors"), "--quiet"])
+    return str(tmp_path / "a.safetensors")
 
 
 def test_wrong_paths_are_named(tmp_path, paths):
@@ -270,3 +296,13 @@ def test_a_bar_with_the_time_that_is_left(tmp_path, paths, capfd):
     here("tsv_merge", *paths, "--out", tmp_path / "out")
     err = capfd.readouterr().err
     assert "merge 100%|" in err and "<00:00" in err
+
+
+def test_a_base_given_as_the_file_of_its_folder(tmp_path):
+    "What it needs to be loaded comes along, as with the folder."
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.randn(9, 8)}, tmp_path / name / "model.safetensors")
+        for other in ("config.json", "tokenizer.json"): (tmp_path / name / other).write_text("{}")
+    commands.tsv_merge([str(tmp_path / name / "model.safetensors") for name in ("base", "a")] + ["--out", str(tmp_path / "out"), "--quiet"])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "tokenizer.json", "model.safetensors", "tsv_report.json"}

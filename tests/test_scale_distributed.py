@@ -14,8 +14,9 @@ import pytest
 import torch
 from ray_nodes import add_node, kill_node, light_nodes
 from safetensors.torch import save_file
+from web_server import served
 
-from tsv_nb.scale import distributed
+from tsv_nb.scale import commands, distributed
 from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.distributed import ray_connection, ray_engine, unit_slots
 from tsv_nb.scale.plan import make_plan
@@ -36,8 +37,9 @@ def inputs(tmp_path_factory):
 
 
 def make_run(inputs, out, **options):
-    "(run, plan): `run(engine)` merges into `out`."
-    base, tasks = open_checkpoint(inputs / "base.safetensors"), {t: open_checkpoint(inputs / f"{t}.safetensors") for t in "ab"}
+    "`run(engine)` merges into `out`; `inputs` is a folder or an address."
+    base, *tasks = [open_checkpoint(f"{inputs}/{name}.safetensors") for name in ("base", "a", "b")]
+    tasks = dict(zip("ab", tasks))
     plan = one_unit_each(make_plan("merge", base, tasks, threads=1))
     return lambda engine=local_engine: run_plan(plan, base, tasks, out, engine=engine, progress=False, **options)
 
@@ -127,6 +129,19 @@ def test_unreachable_address():
     assert time.monotonic() - start < 6
 
 
+@pytest.mark.parametrize("address, text", [(None, "Ray did not start on this machine .The current node timed out during startup.*try again, or start Ray yourself with `ray start --head` and pass the address that it prints"),
+                                           ("auto", "no Ray cluster at 'auto' .The current node timed out.*ray start --head")])
+def test_ray_that_is_slow_to_start(inputs, tmp_path, monkeypatch, address, text):
+    "It raises a bare Exception, which a command would show with a traceback."
+    ray = pytest.importorskip("ray")
+    if ray.is_initialized(): pytest.skip("a connection is open")
+    closed = []
+    def init(*args, **options): raise Exception("The current node timed out during startup. This could happen because some of the Ray processes failed to startup.\nMore.")
+    monkeypatch.setattr(ray, "init", init); monkeypatch.setattr(ray, "shutdown", lambda: closed.append(1))
+    with pytest.raises(SystemExit, match=text): tsv_merge(inputs, tmp_path / "out", "--engine", "ray", *(["--address", address] if address else []))
+    assert closed and not (tmp_path / "out").exists()
+
+
 def test_a_worker_needs_memory_for_itself(inputs, tmp_path, monkeypatch):
     "What is reserved is the plan's growth and what a process takes that has imported everything."
     taken = subprocess.run([sys.executable, "-c", "import tsv_nb.scale.distributed; from tsv_nb.scale.stream import peak_rss; print(peak_rss())"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True).stdout
@@ -149,6 +164,75 @@ def test_same_bytes_as_the_local_engine(cluster, inputs, reference, tmp_path):
     make_run(inputs, tmp_path / "out")(ray_engine())
     assert digests(tmp_path / "out") == reference and ray.is_initialized() # the connection was ours
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def on_nodes(monkeypatch, diary):
+    "Have workers write down where they are; a function that reads it: [(process, node)], one for every copy of a unit."
+    def noted(*args):
+        import ray
+        from tsv_nb.scale.distributed import _on_worker
+        open(diary, "a").write(f"{os.getpid()}:{ray.get_runtime_context().get_node_id()}:{','.join(map(str, ray.get_gpu_ids()))}\n")
+        return _on_worker(*args)
+    monkeypatch.setattr(distributed, "_on_worker", noted)
+    return lambda: [tuple(line.split(":")) for line in counted(diary)]
+
+
+def tsv_merge(inputs, out, *argv, cut=one_unit_each):
+    "The command, with a unit for each tensor."
+    make = commands.make_plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "make_plan", lambda *args, **options: cut(make(*args, **options)))
+        commands.tsv_merge([*(f"{inputs}/{name}.safetensors" for name in ("base", "a", "b")), "--out", str(out), "--threads", "1", "--quiet", *map(str, argv)])
+
+
+def test_the_command_runs_on_the_nodes_of_its_address(cluster, inputs, reference, tmp_path, monkeypatch):
+    where = on_nodes(monkeypatch, str(tmp_path / "diary"))
+    tsv_merge(inputs, tmp_path / "out", "--engine", "ray", "--address", cluster.address)
+    assert digests(tmp_path / "out") == reference
+    assert len(where()) >= N_UNITS and {node for _, node, _ in where()} <= {n.node_id for n in cluster.nodes} and str(os.getpid()) not in {pid for pid, *_ in where()}
+    with pytest.raises(SystemExit, match="is connected to the Ray cluster at .*; leave the address out"): tsv_merge(inputs, tmp_path / "other", "--engine", "ray", "--address", "10.0.0.1:6379") # it is the address that decides
+
+
+def test_units_with_a_gpu(cluster, inputs, reference, tmp_path, monkeypatch):
+    "A node that says it has one; Ray believes it, and a process for each unit that has a GPU is its way, so there is one unit."
+    where, argv = on_nodes(monkeypatch, str(tmp_path / "diary")), ["--engine", "ray", "--address", cluster.address, "--num-gpus", "1", "--memory-per-unit", "300MB"]
+    node = add_node(cluster, num_cpus=1, num_gpus=1)
+    try:
+        tsv_merge(inputs, tmp_path / "out", *argv, "--device", "cpu", cut=lambda plan: plan)
+        if not torch.cuda.is_available():
+            with pytest.raises(SystemExit, match="node .*: the plan decomposes matrices on a GPU .*PyTorch finds none here"): tsv_merge(inputs, tmp_path / "other", *argv, cut=lambda plan: plan)
+    finally: cluster.remove_node(node)
+    assert digests(tmp_path / "out") == reference and {(n, gpus) for _, n, gpus in where()} == {(node.node_id, "0")}
+
+
+def test_a_plan_for_gpus_asks_for_them(inputs, tmp_path, monkeypatch):
+    needed = []
+    class Flight:
+        "Notes what a unit needs."
+        def __init__(self, ray, job, work, token, needs, retries): needed.append(needs["GPU"]); raise KeyboardInterrupt
+    monkeypatch.setattr(distributed, "_Flight", Flight)
+    monkeypatch.setattr(distributed, "ray_connection", lambda address: contextlib.nullcontext())
+    base, *tasks = [open_checkpoint(inputs / f"{name}.safetensors") for name in ("base", "a", "b")]
+    for device, asked in (("cpu", None), ("cuda", None), ("cuda", .5), ("cpu", 1)):
+        with pytest.raises(KeyboardInterrupt): run_plan(make_plan("merge", base, dict(zip("ab", tasks)), threads=1, device=device), base, dict(zip("ab", tasks)), tmp_path / f"{device}{asked}", engine=ray_engine(num_gpus=asked), progress=False)
+    assert needed == [0, 1, .5, 1]
+
+
+def test_a_node_with_another_gpu():
+    flight = object.__new__(distributed._Flight)
+    flight.first = {}
+    flight.compare(dict(gpu="A")); flight.compare(dict(gpu="A"))
+    with pytest.warns(UserWarning, match="a node computes with {'gpu': 'B'}, another one with {'gpu': 'A'}"): flight.compare(dict(gpu="B"))
+
+
+def test_inputs_at_an_address_are_read_by_the_workers(cluster, inputs, reference, tmp_path, monkeypatch):
+    where = on_nodes(monkeypatch, str(tmp_path / "diary"))
+    with served(inputs) as (url, asked):
+        run = make_run(url, tmp_path / "out")
+        asked.clear() # headers, for the plan
+        run(ray_engine())
+    assert digests(tmp_path / "out") == reference and len(where()) >= N_UNITS
+    assert {path for path, _ in asked} == {f"/{name}.safetensors" for name in ("base", "a", "b")} and len(asked) >= 3 * N_UNITS # in pieces, each where it is needed
 
 
 @pytest.mark.parametrize("first, second", [(local_engine, ray_engine()), (ray_engine(), local_engine)], ids=["local, then ray", "ray, then local"])

@@ -568,7 +568,7 @@ def test_the_command(g, tmp_path, capsys):
     for n, w in load_file(tmp_path / "whole" / "model.safetensors").items(): assert error(w, 2 * lora_merge(tasks)[n]) < 1e-5
     tsv_lora([*into, "--plan"])
     assert capsys.readouterr().out.splitlines()[-1] == f"result: a model of {size_text((tmp_path / 'base.safetensors').stat().st_size)}, with an adapter of rank 8 to 14 in it"
-    for argv, message in ((["--merged", "--out", "x"], "needs the base"), ([], "nothing to do"), (["--plan", "--heads", "cut"], "unknown value for heads"), (["--plan", "--orthogonalize", "qr"], "unknown orthogonalize method 'qr'; known: .*'none'"), (["--plan", "--rank", "9"], None)):
+    for argv, message in ((["--merged", "--out", "x"], "needs the base"), (["--merged", "--base", "b", "--out", "x", "--dtype", "bfloat16"], "--dtype is that of an adapter, and with --merged a model is written, in the types of its base"), ([], "nothing to do"), (["--plan", "--heads", "cut"], "unknown value for heads"), (["--plan", "--orthogonalize", "qr"], "unknown orthogonalize method 'qr'; known: .*'none'"), (["--plan", "--rank", "9"], None)):
         if message is None: tsv_lora([*folders, *argv]); continue
         with pytest.raises(SystemExit, match=message): tsv_lora([*folders, *argv])
 

@@ -107,7 +107,15 @@ def test_every_default_rule(kind, end):
     assert Rules(include=[bare]).choose(bare, 2).decomposed and Rules(exclude=[]).choose(bare, 2).decomposed
 
 
-@pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.output.dense.weight", "lm_head.dense.weight", "transformer.wpe.weight", "visual.positional_embedding", "layers.0.mlp.shared_expert.up_proj.weight",
+@pytest.mark.parametrize("name, kind", [("vocab_projector.weight", "output head"), ("model.language_model.embed_tokens_per_layer.weight", "token embedding"), ("transformer.output_layer.weight", "output head"),
+                                        ("transformer.word_embedding.weight", "token embedding"), ("lm_loss.weight", "output head"), ("classification_head.out_proj.weight", "output head"),
+                                        ("generator_lm_head.weight", "output head"), ("cls_classifier.weight", "output head"), ("distillation_classifier.weight", "output head")])
+def test_embeddings_and_heads_of_known_architectures(name, kind): # DistilBERT, Gemma 3n, ChatGLM, XLNet (two), BART, ELECTRA, DeiT (two)
+    assert kind_of(name)[0] == kind and not Rules().choose(name, 2).decomposed
+
+
+@pytest.mark.parametrize("name", ["model.decoder.layers.0.self_attn.out_proj.weight", "transformer.encoder.layers.0.mlp.output_layer.weight", "bert.encoder.layer.0.output.dense.weight", "classification_head.dense.weight",
+                                  "bert.encoder.layer.0.attention.output.dense.weight", "lm_head.dense.weight", "transformer.wpe.weight", "visual.positional_embedding", "layers.0.mlp.shared_expert.up_proj.weight",
                                   "layer4.0.fc.weight", "attn_head.weight", "cls.predictions.transform.dense.weight", "bert.pooler.dense.weight"])
 def test_layers_are_not_taken_for_something_else(name): assert Rules().choose(name, 2).decomposed
 
@@ -135,7 +143,9 @@ def test_a_pattern_that_fits_nothing(option):
 
 @pytest.mark.parametrize("name, shape, cut", [
     ("a.in_proj_weight", (24, 8), Cut(3, 0)), ("a.in_proj_weight", (24, 5), Cut(3, 0)), ("a.qkv.weight", (24, 8), Cut(3, 0)), ("a.Wqkv.weight", (24, 8), Cut(3, 0)), ("qkv.weight", (24, 8), Cut(3, 0)),
-    ("h.0.attn.c_attn.weight", (8, 24), Cut(3, 1)), ("h.0.attn.c_attn.weight", (24, 8), Cut(3, 0)), ("a.qkv.bias", (24,), Cut()), ("a.query_key_value.weight", (24, 8), Cut()), ("a.wqkv.weight", (24, 8), Cut()), ("h.0.w", (24, 8), Cut())])
+    ("h.0.attn.c_attn.weight", (8, 24), Cut(3, 1)), ("h.0.attn.c_attn.weight", (24, 8), Cut(3, 0)), ("a.qkv.bias", (24,), Cut()), ("a.query_key_value.weight", (24, 8), Cut()), ("a.wqkv.weight", (24, 8), Cut()), ("h.0.w", (24, 8), Cut()),
+    ("h.0.self_attn.W_pack.weight", (24, 8), Cut(3, 0)), ("h.0.attn.to_qkv.weight", (36, 8), Cut(3, 0)), ("blk.0.attn_qkv.weight", (24, 8), Cut(3, 0)), ("blk.0.attn_qkv.weight", (16, 8), Cut()),
+    ("h.0.self_attn.qkv_proj.weight", (24, 8), Cut(3, 0)), ("h.0.self_attn.qkv_proj.weight", (12, 8), Cut()), ("h.0.attn.qkv_proj.weight", (24, 8), Cut())])
 def test_cuts(name, shape, cut):
     assert cut_of(name, shape, "qkv") == cut and cut_of(name, shape, None) == Cut()
     x = torch.randn(shape)
@@ -143,7 +153,22 @@ def test_cuts(name, shape, cut):
     assert len(parts) == cut.parts and cut.join(parts).equal(x) and (len(shape) != 2 or all(tuple(p.shape) == cut.shape(shape) for p in parts))
 
 
-@pytest.mark.parametrize("name, shape", [("a.in_proj_weight", (25, 8)), ("a.qkv.weight", (30, 8)), ("h.0.attn.c_attn.weight", (8, 12))])
+def test_a_split_says_what_it_does_not_reach():
+    "Also where nothing is split: then it is an error."
+    def plan(split="qkv", command="merge", exclude=None, **shapes):
+        x = {n.replace("__", "."): blank(*s) for n, s in shapes.items()}
+        return make_plan(command, x, dict(a=x, b=x), split=split, threads=1, exclude=exclude)
+    falcon, phi = {f"h__{i}__query_key_value__weight": (24, 8) for i in range(3)}, {"h__0__self_attn__qkv_proj__weight": (16, 8)}
+    notes = plan(h__9__attn__to_qkv__weight=(24, 8), **falcon, **phi).notes
+    assert notes == ("fused, and left whole: h.{0…2}.query_key_value.weight (q, k and v of each head lie together)", "fused, and left whole: h.0.self_attn.qkv_proj.weight (q, k and v are of different size)")
+    assert plan(None, **falcon).notes == () == plan(h__0__self_attn__W_pack__weight=(24, 8)).notes
+    for command in ("merge", "interference"):
+        with pytest.raises(ValueError, match=r"split is 'qkv' \(--split\), and no tensor is a fused q, k, v that falls into thirds; 'h.0.query_key_value.weight' is left whole: q, k and v of each head lie together; leave split out"): plan(command=command, **falcon)
+        with pytest.raises(ValueError, match="falls into thirds; leave split out"): plan(command=command, w=(24, 8))
+    assert plan(h__0__qkv__weight=(24, 8), h__1__qkv__weight=(25, 8), exclude=["h.1"]).notes == () # not asked for
+
+
+@pytest.mark.parametrize("name, shape", [("a.W_pack.weight", (25, 8)), ("a.to_qkv.weight", (25, 8)), ("a.in_proj_weight", (25, 8)), ("a.qkv.weight", (30, 8)), ("h.0.attn.c_attn.weight", (8, 12))])
 def test_what_cannot_be_cut(name, shape):
     with pytest.raises(ValueError, match=rf"tensor '{name}' of shape \({shape[0]}, {shape[1]}\) cannot be split into q, k and v"): cut_of(name, shape, "qkv")
 
@@ -216,7 +241,7 @@ def test_missing_and_extra():
     base, less, more = state(), {k: v for k, v in state(1).items() if k != "h.1.mlp.weight"}, state(2) | {"score.weight": torch.ones(3, 8)}
     with pytest.raises(StateDictKeyError, match=r"task 'less': 1 missing tensor: 'h.1.mlp.weight'.*missing='base' \(--missing base\) takes the base's"): make_plan("merge", base, dict(less=less))
     with pytest.raises(StateDictKeyError, match=r"task 'more': 1 extra tensor: 'score.weight'.*extra='ignore' \(--extra ignore\) leaves them out"): make_plan("merge", base, dict(more=more))
-    plan = make_plan("merge", base, dict(less=less, more=more), missing="base", extra="ignore")
+    plan = make_plan("merge", base, dict(less=less, more=more), missing="base", extra="ignore", device="cuda")
     line = next(t for t in plan.tensors if t.name == "h.1.mlp.weight")
     assert (line.how, line.rank, line.absent) == ("merge", 4, ("less",)) and [t.name for t in plan.tensors] == list(base)
     assert "task 'less': 1 missing, the base's are taken: 'h.1.mlp.weight'" in plan.notes and "task 'more': 1 extra, left out: 'score.weight'" in plan.notes
@@ -231,7 +256,7 @@ def test_a_task_without_any_tensor_of_the_base(rename, message):
     "Whatever the options say: the run would write the base."
     base = {f"model.{n}": t for n, t in state().items()}
     stranger = {rename(n): t for n, t in base.items()}
-    for options in ({}, dict(missing="base", extra="ignore")):
+    for options in ({}, dict(missing="base", extra="ignore", device="cuda")):
         with pytest.raises(StateDictKeyError, match=f"task 'a' has no tensor of the base: .*{message}"): make_plan("merge", base, dict(b=base, a=stranger), **options)
 
 
@@ -361,9 +386,9 @@ def test_wrong_tasks():
     with pytest.raises(StateDictKeyError, match="1 missing \\('b'\\)"): make_plan("expand", dict(w=torch.ones(2), b=torch.ones(2)), dict(a={"dense/w": torch.ones(2)}))
 
 
-CHANGES = {"merge": dict(rank=1, alpha=.5, orthogonalize="eigh", split="qkv", weights=[1., 2.], include=["wte"], exclude=["mlp"], vocab="common", dtype="float16", shard_size="1KB", threads=3, missing="base", extra="ignore"),
-           "compress": dict(rank=1, ratio=.3, include=["wte"], exclude=["mlp"], vocab="common", dtype="float16", threads=3, missing="base", extra="ignore"),
-           "interference": dict(rank=1, split="qkv", include=["wte"], exclude=["mlp"], vocab="common", threads=3, missing="base", extra="ignore")}
+CHANGES = {"merge": dict(rank=1, alpha=.5, orthogonalize="eigh", split="qkv", weights=[1., 2.], include=["wte"], exclude=["mlp"], vocab="common", dtype="float16", shard_size="1KB", threads=3, missing="base", extra="ignore", device="cuda"),
+           "compress": dict(rank=1, ratio=.3, include=["wte"], exclude=["mlp"], vocab="common", dtype="float16", threads=3, missing="base", extra="ignore", device="cuda"),
+           "interference": dict(rank=1, split="qkv", include=["wte"], exclude=["mlp"], vocab="common", threads=3, missing="base", extra="ignore", device="cuda")}
 
 
 @pytest.mark.parametrize("command", CHANGES)

@@ -1,4 +1,5 @@
-"""A fuzz target for everything that reads bytes of strangers: headers of safetensors, indexes, PyTorch files, archives of compress.
+"""A fuzz target for everything that reads bytes of strangers: headers of safetensors, indexes, PyTorch files, archives of compress, adapters of PEFT;
+and for what an unfinished run has left: its parts, and the receipts of its shards.
 
 python tests/reliability/fuzz_readers.py --seconds 60 --seed 0 [--crashes FOLDER]
 
@@ -8,7 +9,9 @@ more than ten seconds, more than a gigabyte. Crashes are written to a folder; pu
 Input number i of seed s is always the same.
 """
 import argparse
+import contextlib
 import faulthandler
+import functools
 import io
 import json
 import os
@@ -31,6 +34,13 @@ from safetensors.torch import save, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tsv_nb.compress import CompressedTaskVector, compress
 from tsv_nb.scale.checkpoints import open_checkpoint
+from tsv_nb.scale.lora import Adapter, LoraLayer, read_adapter
+from tsv_nb.scale.lora_files import adapter_config, adapter_tensors
+from tsv_nb.scale.outputs import input_digests, metadata_of
+from tsv_nb.scale.parts import assemble, part_path, read_part
+from tsv_nb.scale.plan import make_plan
+from tsv_nb.scale.stream import run_plan, run_unit
+from tsv_nb.scale.work import WorkFolder, _check
 
 ALLOWED = (ValueError, KeyError, FileNotFoundError, PermissionError, IsADirectoryError)
 CRASHES = Path(__file__).parent / "crashes"
@@ -56,7 +66,58 @@ def read_archive(path):
             if "NaN" not in str(e) and "not finite" not in str(e): raise
 
 
-TARGETS = {"a.safetensors": lambda p: read_all(open_checkpoint(p)), "a.bin": lambda p: read_all(open_checkpoint(p)), "model.safetensors.index.json": lambda p: read_all(open_checkpoint(p.parent)), "archive.safetensors": read_archive}
+def read_lora(path):
+    "An adapter, one of whose two files is damaged."
+    adapter = read_adapter(path.parent)
+    for name in adapter: assert tuple(adapter[name].shape) == tuple(adapter.header(name).shape), name
+    for layer in adapter.layers.values(): layer.factors()
+    assert adapter.nbytes > 0
+
+
+def read_left_part(path):
+    "A part of an unfinished run, put into a file."
+    part = read_part(path)
+    assemble(path.with_name("whole.safetensors"), [part], {})
+    json.dumps(part.facts)
+
+
+def read_receipt(path):
+    "The receipt of a shard of an unfinished run: accepted, or its shard is to be done again."
+    work = WorkFolder(left()["plan"], path.with_name("out"))
+    for name in ("done", "out"): (work.folder / name).mkdir(parents=True)
+    (work.folder / "out" / "model.safetensors").write_bytes(left()["shard"])
+    os.rename(path, work.receipt(0))
+    if not work._finished(0): raise ValueError(f"{path} is not accepted")
+    input_digests(work.done.values()); metadata_of(work.plan, work.done[0])
+    assert {e["how"] for e in work.done[0]["report"].values()} == {"merge"}
+
+
+@functools.cache
+def left() -> dict: # plan; bytes of a part, of a receipt and of its shard
+    "What a run has left."
+    base, tasks = open_checkpoint({"w": torch.eye(4)}), {t: open_checkpoint({"w": torch.eye(4) * i}) for i, t in enumerate("ab", 2)}
+    found = {"plan": make_plan("merge", base, tasks, threads=1)}
+    with tempfile.TemporaryDirectory() as made:
+        def stopped(job, units):
+            run_unit(job, 0)
+            found["part"] = part_path(job.folder, 0).read_bytes()
+            yield 0
+            for name, path in (("receipt", "done/00000.json"), ("shard", "out/model.safetensors")): found[name] = Path(job.folder, path).read_bytes()
+            raise KeyboardInterrupt
+        with contextlib.suppress(KeyboardInterrupt): run_plan(found["plan"], base, tasks, Path(made) / "out", stopped, progress=False)
+    receipt = json.loads(found["receipt"])
+    for entry in receipt["report"].values(): entry["seconds"] = 1. # the same in every run
+    return found | {"receipt": json.dumps(receipt | {"check": _check(receipt)}, indent=1).encode()}
+
+
+TARGETS = {"a.safetensors": lambda p: read_all(open_checkpoint(p)), "a.bin": lambda p: read_all(open_checkpoint(p)), "model.safetensors.index.json": lambda p: read_all(open_checkpoint(p.parent)), "archive.safetensors": read_archive,
+           "adapter_model.safetensors": read_lora, "adapter_config.json": read_lora, "part.safetensors": read_left_part, "receipt.json": read_receipt}
+
+
+def beside(name): # file name -> bytes
+    "Valid files that a reader expects beside the damaged one."
+    if name == "model.safetensors.index.json": return {"one.safetensors": SHARDS["w"], "two.safetensors": SHARDS["v"]}
+    return {k: v for k, v in ADAPTER.items() if k != name} if name in ADAPTER else {}
 
 
 def fuzz_one(data: bytes, folder: Path | None = None) -> dict[str, str]: # what each reader said; raises AssertionError for a crash
@@ -67,8 +128,7 @@ def fuzz_one(data: bytes, folder: Path | None = None) -> dict[str, str]: # what 
             path = Path(made) / name.replace(".", "_") / name
             path.parent.mkdir()
             path.write_bytes(data)
-            if name.endswith(".json"):
-                for part, file in (("w", "one.safetensors"), ("v", "two.safetensors")): (path.parent / file).write_bytes(SHARDS[part])
+            for file, content in beside(name).items(): (path.parent / file).write_bytes(content)
             try: target(path)
             except ALLOWED as e:
                 text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
@@ -84,6 +144,9 @@ def fuzz_one(data: bytes, folder: Path | None = None) -> dict[str, str]: # what 
 # Valid files
 
 SHARDS = {k: save({k: torch.ones(3)}) for k in "wv"}
+LORA = Adapter({"h.0.q.weight": LoraLayer(torch.ones(6, 2), torch.ones(2, 4)), "h.1.q.weight": LoraLayer(torch.ones(6, 3), torch.ones(3, 4), 2.), "conv.weight": LoraLayer(torch.ones(5, 2), torch.ones(2, 12), 1., "conv", (2, 2))},
+               {"h.0.q.bias": torch.ones(6)}, {"head.weight": torch.ones(3, 4)}, dict(base_model_name_or_path="base", modules_to_save=["head"]))
+ADAPTER = {"adapter_model.safetensors": save(adapter_tensors(LORA), metadata={"format": "pt"}), "adapter_config.json": json.dumps(adapter_config(LORA), indent=2, sort_keys=True).encode()}
 
 
 def repeatable(kind: str, data: bytes) -> bytes:
@@ -110,6 +173,7 @@ def seeds() -> dict[str, bytes]:
         compress({"m": low, "n.m": low.T.half(), "b": torch.randn(7), "zero": torch.zeros(9, 9)}).save(f"{made}/c.safetensors")
         archive = Path(made, "c.safetensors").read_bytes()
     made = {"safetensors": save(state, metadata={"format": "pt"}), "one": SHARDS["w"], "torch": stored(tied), "run": stored({"state_dict": tied, "epoch": 3, "lr": .1}), "old": stored(views, _use_new_zipfile_serialization=False), "archive": archive,
+            "adapter": ADAPTER["adapter_model.safetensors"], "config": ADAPTER["adapter_config.json"], "part": left()["part"], "receipt": left()["receipt"],
             "index": json.dumps({"metadata": {"total_size": 24}, "weight_map": {"w": "one.safetensors", "v": "two.safetensors"}}, indent=1).encode()}
     return {kind: repeatable(kind, data) for kind, data in made.items()}
 
@@ -169,7 +233,8 @@ def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
     n, = struct.unpack("<Q", data[:8])
     header, rest = json.loads(data[8:8 + n]), data[8 + n:]
     meta = header.get("__metadata__", {})
-    if "dtypes" in meta and rng.random() < .5: meta["dtypes"] = dumped(rng, damaged_json(rng, json.loads(meta["dtypes"]))).decode("utf-8", "replace")
+    inner = next((key for key in ("dtypes", "tsv_nb part") if key in meta), None) # JSON in JSON
+    if inner and rng.random() < .5: meta[inner] = dumped(rng, damaged_json(rng, json.loads(meta[inner]))).decode("utf-8", "replace")
     else: header = damaged_json(rng, header)
     raw = dumped(rng, header)
     if rng.random() < .2: rest = damaged_bytes(rng, rest)
@@ -198,7 +263,7 @@ def mutated(seed: int, i: int, valid: dict[str, bytes]) -> bytes:
     data = valid[kind]
     if rng.random() < .35: return damaged_bytes(rng, data)
     if kind in ("torch", "run"): return damaged_zip(rng, data)
-    if kind == "index": return dumped(rng, damaged_json(rng, json.loads(data)))
+    if kind in ("index", "config", "receipt"): return dumped(rng, damaged_json(rng, json.loads(data)))
     return damaged_bytes(rng, data) if kind == "old" else damaged_safetensors(rng, data)
 
 

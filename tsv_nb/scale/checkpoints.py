@@ -273,15 +273,25 @@ _COPIED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.bp
 _NOT_COPIED = (".*", "*.index.json", "*.py", "*.pyc", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pkl", "*.npz", "*.md", "trainer_state.json", "*results.json", "adapter_config.json", "tsv_report.json")
 
 
+def _model_folder(self: Checkpoint) -> Folder | None:
+    "The folder of a model: what was opened, or where the one file that was opened is the model."
+    if self.folder or not self.path or is_url(self.path): return self.folder
+    parent, name = os.path.split(os.path.abspath(self.path))
+    folder = Folder(parent, self.strict)
+    try: alone = choose_weights(names := folder.names(), repr(parent)) == [name]
+    except (OSError, ValueError): return None # several indexes, a shard that is not there: no folder to be opened
+    return folder if alone and {"config.json", "open_clip_config.json"} & {*names} else None
+
+
 @patch
-def companions(self: Checkpoint) -> list[str]: # paths or addresses, sorted; none for a single file or a model in memory. Raises `ValueError` for a link that leads out
+def companions(self: Checkpoint) -> list[str]: # paths or addresses, sorted; none for a file that is not the model of its folder, or a model in memory. Raises `ValueError` for a link that leads out
     "The files of its folder that belong beside a copy: configuration, tokenizer, license; no weights, no programs."
-    if self.folder is None: return []
+    if (folder := _model_folder(self)) is None: return []
     def wanted(n):
         "Is a file of this name copied?"
         return any(fnmatch.fnmatchcase(n, o) for o in _COPIED) and not n.endswith((".safetensors", *_TORCH)) and not any(fnmatch.fnmatchcase(n.lower(), o) for o in _NOT_COPIED)
-    found = [self.folder.member(n) for n in self.folder.names() if wanted(n)]
-    return found if self.folder.remote else [os.path.abspath(o) for o in found]
+    found = [folder.member(n) for n in folder.names() if wanted(n)]
+    return found if folder.remote else [os.path.abspath(o) for o in found]
 
 
 @patch

@@ -35,9 +35,12 @@ def _weights(text: str | None) -> list[float] | None:
 def _rank(text: str | None) -> int | str | None: return int(text) if text and text.isdecimal() else text
 
 
-def _most(text: str, out: str) -> int | str:
+def _most(text: str | None, out: str) -> int | str:
     "Bytes of one file: without a limit where there is to be one file."
-    return 2**62 if out.endswith(".safetensors") else int(text) if text.isdecimal() else text
+    if out.endswith(".safetensors"):
+        if text is not None: raise ValueError(f"--shard-size {text} is for a folder, and --out {out} is one file; leave one out, or name a folder.")
+        return 2**62
+    return "5GB" if text is None else int(text) if text.isdecimal() else text
 
 
 def _one_file(out: str, ending: str) -> None:
@@ -56,7 +59,7 @@ def merge_command(
     split: str = None, # qkv: merge the parts of a fused q, k, v one by one
     weights: str = None, # a factor for each task, with commas
     dtype: str = None, # of the output, as in float16 (default: the base's)
-    shard_size: str = "5GB", # most bytes of one file of a folder
+    shard_size: str = None, # most bytes of one file of a folder (default: 5GB)
     **kwargs
 ) -> str: # what to print
     "Merge fine-tuned checkpoints into one with TSV-M; goes on where it was stopped. Example: tsv_merge base task_a task_b --out merged"
@@ -101,12 +104,13 @@ def expand_command(
     out: str = "expanded", # a folder, or a file that ends in .safetensors
     alpha: float = 1., # scale of the task vector
     dtype: str = None, # of the output, as in float16 (default: the base's)
-    shard_size: str = "5GB", # most bytes of one file of a folder
+    shard_size: str = None, # most bytes of one file of a folder (default: 5GB)
     threads: int = None, # for each piece of work (default: all cores)
     any_base: bool = False, # go on although the archive was made from another base
     **kwargs
 ) -> str: # what to print
     "Make a fine-tuned checkpoint again, from the base and an archive. Example: tsv_expand base task.safetensors --out task"
+    if kwargs.get("num_gpus"): raise ValueError("tsv_expand computes on the CPU; leave --num-gpus out.")
     start, tuned = open_checkpoint(base), {"archive": open_archive(archive)}
     plan = make_plan("expand", start, tuned, alpha=alpha, dtype=dtype, threads=threads, shard_size=_most(shard_size, out))
     return carry_out(plan, start, tuned, out, finished_line, any_base, **kwargs)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .stream import Engine, arithmetic, run_unit
+from .stream import Engine, arithmetic, device_of, run_unit
 from .tensor_work import Job
 
 # %% ../../nbs/scale/32_distributed.ipynb #f4a85564
@@ -48,7 +48,7 @@ def _no_place(nodes: Sequence[Mapping], needs: Mapping[str, float]) -> ValueErro
     "The error that says what a unit needs and what the living nodes have."
     have = Counter(_say(node["Resources"]) for node in nodes if node["Alive"])
     listed = "; ".join(f"{n} x ({what})" for what, n in have.most_common(5)) or "none"
-    return ValueError(f"a unit needs {_say(needs)}, and no node of the Ray cluster has that. Its nodes: {listed}. Ask for less (num_cpus, num_gpus, memory), or add a node, and run the same command again: what is finished is kept.")
+    return ValueError(f"a unit needs {_say(needs)}, and no node of the Ray cluster has that. Its nodes: {listed}. Ask for less (--threads, --num-gpus, --memory-per-unit; for ray_engine num_cpus, num_gpus, memory), or add a node, and run the same command again: what is finished is kept.")
 
 # %% ../../nbs/scale/32_distributed.ipynb #0b6906a3
 def _answers(address: str) -> None:
@@ -60,8 +60,10 @@ def _answers(address: str) -> None:
 
 
 def _unreachable(address: str | None, why: Exception) -> ConnectionError:
-    "The error for a cluster that is not there."
-    return ConnectionError(f"no Ray cluster at {address!r} ({str(why).splitlines()[0] if str(why) else type(why).__name__}). Start one with `ray start --head` and pass the address that it prints, or leave the address out to use this machine.")
+    "The error for a cluster that is not there, or did not start."
+    said = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
+    if not address: return ConnectionError(f"Ray did not start on this machine ({said}). It may be too busy: try again, or start Ray yourself with `ray start --head` and pass the address that it prints (--address).")
+    return ConnectionError(f"no Ray cluster at {address!r} ({said}). Start one with `ray start --head` and pass the address that it prints, or leave the address out to use this machine.")
 
 # %% ../../nbs/scale/32_distributed.ipynb #e9a4234b
 _INSTALL = "pip install 'tsv-nb[ray] @ git+https://github.com/tsv-nb/tsv-nb'" # not on PyPI yet
@@ -82,7 +84,9 @@ def ray_connection(
     if address: _answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0") # a cluster that we start tells nobody
     try: ray.init(address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as e: raise _unreachable(address, e) from e
+    except Exception as e: # Ray raises a bare one where its processes are slow to start
+        ray.shutdown() # what has started
+        raise _unreachable(address, e) from e
     try: yield ray
     finally: ray.shutdown()
 
@@ -118,12 +122,14 @@ def _on_worker(held: list, unit: int, token: tuple[str, str]) -> tuple[float, di
     "One unit, in a worker process."
     if not _sees(token): raise ValueError(f"{_here()} does not see the work folder {str(Path(token[0]).parent)!r}: write to storage that all nodes share, under the same path.")
     job, work = _opened(held[0]) # in a list, so that Ray does not unpickle it for every unit
+    try: device = device_of(job.plan) # of the GPUs of a node, Ray shows a process only those that it has reserved for it
+    except ValueError as e: raise ValueError(f"{_here()}: {e}") from e
     start = time.perf_counter()
     try: work(job, unit)
     except OSError as e:
         if e.errno in _PASSING: raise ConnectionError(str(e)) from e
         raise
-    return time.perf_counter() - start, arithmetic()
+    return time.perf_counter() - start, arithmetic(device)
 
 # %% ../../nbs/scale/32_distributed.ipynb #a5a16e83
 _log = logging.getLogger(__name__)
@@ -136,6 +142,7 @@ class _Flight:
         self.held = [ray.put(ray.cloudpickle.dumps((job, work)))]
         self.task = ray.remote(_on_worker).options(num_cpus=needs["CPU"], num_gpus=needs["GPU"], memory=needs["memory"] or None, max_retries=0, scheduling_strategy="SPREAD")
         self.flying, self.lost, self.done, self.longest = {}, Counter(), set(), 0. # flying: reference -> unit
+        self.first = {} # `arithmetic` of the first node with a GPU
 
     def start(self, unit: int) -> None:
         "Send a copy of a unit off."
@@ -165,7 +172,7 @@ def again(self: _Flight, unit: int, why: Exception) -> None: # `OSError` when it
     self.lost[unit] += 1
     said = f"unit {unit} ({', '.join(self.job.plan.units[unit][:2])}) was lost: {_in_short(why)}"
     if self.lost[unit] > self.max_retries:
-        raise OSError(f"{said}. That was try {self.lost[unit]}. If memory ran out, reserve more for a unit (memory). What is finished is kept: run the same command again to go on.") from None
+        raise OSError(f"{said}. That was try {self.lost[unit]}. If memory ran out, reserve more for a unit (--memory-per-unit; for ray_engine memory). What is finished is kept: run the same command again to go on.") from None
     if unit in self.flying.values(): return # its other copy still is
     _log.warning(f"{said}; started again ({self.lost[unit]} of {self.max_retries}).")
     self.start(unit)
@@ -184,10 +191,18 @@ def landed(self: _Flight, timeout: float = 1.) -> Iterator[int]: # an error of t
             self.again(unit, e.cause)
         except exceptions.RayError as e: self.again(unit, e)
         else:
-            if theirs != (ours := arithmetic()): warnings.warn(f"a node computes with {theirs}, this process with {ours}: results may differ from it in the last bits.")
+            self.compare(theirs)
             self.done.add(unit); self.longest = max(self.longest, seconds)
             self.cancel([other for other, u in self.flying.items() if u == unit])
             yield unit
+
+
+@patch
+def compare(self: _Flight, theirs: dict) -> None:
+    "Warn if a node computes otherwise than this process or, on GPUs, than the first one."
+    if "gpu" in theirs: self.first = self.first or theirs
+    who, ours = ("another one", self.first) if "gpu" in theirs else ("this process", arithmetic())
+    if theirs != ours: warnings.warn(f"a node computes with {theirs}, {who} with {ours}: results may differ from it in the last bits.")
 
 
 def _explained(cause: Exception) -> Exception:
@@ -220,7 +235,7 @@ def _token(folder: str | Path) -> Iterator[tuple[str, str]]: # path and content
 # %% ../../nbs/scale/32_distributed.ipynb #a8050063
 def ray_engine(
     address: str | None = None, # of a cluster, "host:port"; None: see `ray_connection`
-    num_gpus: float = 0, # of each unit
+    num_gpus: float | None = None, # of each unit; None: one if the plan is for a GPU
     num_cpus: float | None = None, # of each unit; None: the threads of the plan
     max_retries: int = 3, # how often a unit is tried again after its node or process was lost
     memory: int | None = None, # bytes that a unit reserves; None: the plan's estimate, and WORKER_BYTES
@@ -229,10 +244,10 @@ def ray_engine(
     work: Callable[[Job, int], object] = run_unit, # what a worker does; for tests
 ) -> Engine: # for `run_plan`
     "Run the units of a plan as Ray tasks."
-    if min(num_gpus, num_cpus or 0, max_retries, memory or 0, patience, straggler) < 0: raise ValueError("num_gpus, num_cpus, max_retries, memory, patience and straggler must not be negative.")
+    if min(num_gpus or 0, num_cpus or 0, max_retries, memory or 0, patience, straggler) < 0: raise ValueError("num_gpus, num_cpus, max_retries, memory, patience and straggler must not be negative.")
     def _engine(job: Job, units: Sequence[int]) -> Iterator[int]:
         if not units: return
-        needs = {"CPU": job.plan.options.get("threads") or 1 if num_cpus is None else num_cpus, "GPU": num_gpus, "memory": job.plan.peak_bytes + WORKER_BYTES if memory is None else memory}
+        needs = {"CPU": job.plan.options.get("threads") or 1 if num_cpus is None else num_cpus, "GPU": float(job.plan.options.get("device") == "cuda") if num_gpus is None else num_gpus, "memory": job.plan.peak_bytes + WORKER_BYTES if memory is None else memory}
         with ray_connection(address) as ray, _token(job.folder) as token:
             flight = _Flight(ray, job, work, token, needs, max_retries)
             try: yield from _fly(flight, deque(units), patience, straggler)

@@ -123,6 +123,7 @@ def lora_command(
     "Merge LoRA adapters into one with TSV-Merge. Example: tsv_lora law code chat --out all-three"
     for name, value, known in (("dtype", dtype, (None, *_DTYPES)), ("orthogonalize method", orthogonalize, (*POLAR_METHODS, "none")), ("value for heads", heads, ("average", "drop"))): check_option(name, value, known)
     if merged and not base: raise ValueError("--merged needs the base: add --base CHECKPOINT.")
+    if merged and dtype: raise ValueError("--dtype is that of an adapter, and with --merged a model is written, in the types of its base; leave one of them out.")
     if not (out or plan or interference): raise ValueError("nothing to do: add --out FOLDER, --plan or --interference.")
     tasks = named_adapters(adapters, any_base)
     if interference: return _scores(tasks, rank, json)

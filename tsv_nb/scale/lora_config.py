@@ -36,16 +36,22 @@ _HARMLESS = set("""r lora_alpha target_modules exclude_modules lora_dropout fan_
     inference_mode""".split())
 
 
+def _short(value: object) -> str:
+    "A value for a message: a file of strangers may hold one of any length."
+    text = repr(value)
+    return text if len(text) < 100 else text[:100] + "…"
+
+
 def _check_options(config: Mapping, where: str) -> None:
     "Raise a `ValueError` unless the fine-tuned weight is base + s B A."
-    if config.get("peft_type") != "LORA": raise ValueError(f"{where}: peft_type is {config.get('peft_type')!r}; only 'LORA' adapters are a product of two factors.")
+    if config.get("peft_type") != "LORA": raise ValueError(f"{where}: peft_type is {_short(config.get('peft_type'))}; only 'LORA' adapters are a product of two factors.")
     for name, value in config.items():
         if not value or name in _HARMLESS: continue
-        if name in _REFUSED: raise ValueError(f"{where}: {name} = {value!r} is not supported ({_REFUSED[name]}); merge it into its base with PEFT first, and use the checkpoints.")
-        raise ValueError(f"{where}: unknown option {name} = {value!r}; if the weights are still base + scaling * B A, remove it from the file.")
+        if name in _REFUSED: raise ValueError(f"{where}: {name} = {_short(value)} is not supported ({_REFUSED[name]}); merge it into its base with PEFT first, and use the checkpoints.")
+        raise ValueError(f"{where}: unknown option {name[:100]} = {_short(value)}; if the weights are still base + scaling * B A, remove it from the file.")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise ValueError(f"{where}: init_lora_weights = {start!r} has changed the base weights; save the adapter again with path_initial_model_for_weight_conversion, which makes it a plain LoRA.")
+        raise ValueError(f"{where}: init_lora_weights = {_short(start)} has changed the base weights; save the adapter again with path_initial_model_for_weight_conversion, which makes it a plain LoRA.")
 
 # %% ../../nbs/scale/31a_lora_config.ipynb #64e9d132
 def _positive(value, whole: bool) -> bool:
@@ -57,12 +63,12 @@ def _check_values(config: Mapping, where: str) -> None:
     "Raise a `ValueError` for a value that cannot be meant."
     for name, whole in (("r", True), ("lora_alpha", False)):
         patterns = config.get(f"{'rank' if whole else 'alpha'}_pattern") or {}
-        if not isinstance(patterns, Mapping): raise ValueError(f"{where}: {'rank' if whole else 'alpha'}_pattern must map names to numbers, got {patterns!r}.")
+        if not isinstance(patterns, Mapping): raise ValueError(f"{where}: {'rank' if whole else 'alpha'}_pattern must map names to numbers, got {_short(patterns)}.")
         for key, value in [(name, config.get(name)), *patterns.items()]:
-            if not _positive(value, whole): raise ValueError(f"{where}: {key} = {value!r} should be a {'whole number of at least 1' if whole else 'finite number'}; save the adapter again.")
+            if not _positive(value, whole): raise ValueError(f"{where}: {key[:100]} = {_short(value)} should be a {'whole number of at least 1' if whole else 'finite number'}; save the adapter again.")
         for key in patterns:
             try: re.compile(rf"(.*\.)?({key})$")
-            except re.error as e: raise ValueError(f"{where}: the pattern {key!r} is no regular expression ({e}).") from e
+            except re.error as e: raise ValueError(f"{where}: the pattern {_short(key)} is no regular expression ({e}).") from e
 
 # %% ../../nbs/scale/31a_lora_config.ipynb #404b4e6f
 def read_config(

@@ -25,7 +25,7 @@ def read_json(
 ) -> dict: # empty if the file is absent, damaged, or holds something else
     "What a file of JSON says."
     try: said = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError): said = {}
+    except (FileNotFoundError, ValueError, RecursionError): said = {}
     return said if isinstance(said, dict) else {}
 
 # %% ../../nbs/scale/30c4_outputs.ipynb #73ab4876

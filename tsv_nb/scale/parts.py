@@ -9,6 +9,7 @@ __all__ = ['CannotWrite', 'writing', 'sync_folder', 'WholeFile', 'save_json', 'E
 # %% ../../nbs/scale/30c2_parts.ipynb #ba589c82
 import hashlib
 import json
+import math
 import os
 import struct
 import uuid
@@ -165,6 +166,11 @@ class DamagedPart(ValueError):
     def __init__(self, path: Path, why: str): self.path = path; super().__init__(f"{str(path)!r} is damaged ({why}); run the same command again to compute it anew.")
 
 # %% ../../nbs/scale/30c2_parts.ipynb #9d701abd
+def _check(facts: Mapping, digests: Mapping[str, str]) -> str:
+    "A digest of what is stored with the tensors of a part."
+    return hashlib.sha256(json.dumps([facts, digests], sort_keys=True).encode()).hexdigest()
+
+
 def write_part(
     path: str | Path, # where; its folder must exist
     tensors: Mapping[str, Tensor], # on the CPU
@@ -172,7 +178,14 @@ def write_part(
 ) -> None:
     "Write a part file."
     digests = {name: hashlib.sha256(raw_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
-    write_tensors(path, tensors, {"format": "pt", _KEY: json.dumps(dict(facts=facts, sha256=digests), ensure_ascii=False)})
+    write_tensors(path, tensors, {"format": "pt", _KEY: json.dumps(dict(facts=facts, sha256=digests, check=_check(facts, digests)), ensure_ascii=False)})
+
+
+def _entry(fields: Mapping, sha256: str) -> Entry: # `ValueError`, or another error of a value of the wrong kind
+    "What a header says of a tensor."
+    (begin, end), shape, dtype = fields["data_offsets"], tuple(fields["shape"]), fields["dtype"]
+    if not all(type(n) is int and n >= 0 for n in (begin, *shape)) or end - begin != math.prod(shape) * _WIDTH[dtype]: raise ValueError("a header that cannot be")
+    return Entry(dtype, shape, end - begin, sha256)
 
 
 def read_part(
@@ -186,9 +199,10 @@ def read_part(
             if size > path.stat().st_size: raise ValueError("cut off")
             fields = json.loads(file.read(size))
         known = json.loads(fields.pop("__metadata__")[_KEY])
-        entries = {name: Entry(f["dtype"], tuple(f["shape"]), f["data_offsets"][1] - f["data_offsets"][0], known["sha256"][name]) for name, f in fields.items()}
+        if known["check"] != _check(known["facts"], known["sha256"]): raise ValueError("what is stored with it is not what was written")
+        entries = {name: _entry(f, known["sha256"][name]) for name, f in fields.items()}
         starts = {name: 8 + size + f["data_offsets"][0] for name, f in fields.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as e: raise DamagedPart(path, str(e) or type(e).__name__) from e
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as e: raise DamagedPart(path, (str(e) or type(e).__name__)[:200]) from e
     if path.stat().st_size != 8 + size + sum(e.nbytes for e in entries.values()): raise DamagedPart(path, "its size is wrong")
     return Part(path, entries, starts, known["facts"])
 

@@ -21,13 +21,14 @@ from ..polar import POLAR_METHODS
 from .estimates import STEPS, Item, measured_rates, process_bytes, run_seconds, tensor_bytes, tensor_seconds
 from .match import Match, match_tensors, second_names
 from .planned import COMMANDS, Plan, PlannedTensor, cut_units, fill, size_bytes
-from .rules import Cut, Rules, cut_of
+from .rules import Cut, Rules, cut_of, left_whole
+from .tables import group_names
 from ..task_vectors import header, task_weights
 
 # %% ../../nbs/scale/30b_plan.ipynb #88cd6dd8
-_DEFAULTS = dict(rank=None, ratio=.1, alpha=1., orthogonalize="auto", split=None, weights=None, include=(), exclude=None, vocab="error", dtype=None, missing="error", extra="error")
+_DEFAULTS = dict(rank=None, ratio=.1, alpha=1., orthogonalize="auto", split=None, weights=None, include=(), exclude=None, vocab="error", dtype=None, missing="error", extra="error", device="cpu")
 _MATCHED = ("include", "exclude", "vocab", "missing", "extra")
-_USED = {"merge": ("rank", "alpha", "orthogonalize", "split", "weights", "dtype", *_MATCHED), "compress": ("rank", "ratio", "dtype", *_MATCHED), "expand": ("alpha", "dtype"), "interference": ("rank", "split", *_MATCHED)}
+_USED = {"merge": ("rank", "alpha", "orthogonalize", "split", "weights", "dtype", "device", *_MATCHED), "compress": ("rank", "ratio", "dtype", "device", *_MATCHED), "expand": ("alpha", "dtype"), "interference": ("rank", "split", "device", *_MATCHED)}
 _METHODS = {"merge": "TSV-M", "compress": "TSV-C", "expand": "TSV-C", "interference": "STI"}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -37,7 +38,7 @@ def _check_options(command: str, tasks: Mapping[str, Mapping], given: dict) -> N
     check_option("command", command, COMMANDS)
     for name, value in given.items():
         if name not in _USED[command] and value != _DEFAULTS[name]: raise ValueError(f"{command} does not use {name}; leave it out.")
-    for name, known in dict(orthogonalize=(None, *POLAR_METHODS), split=(None, "qkv"), vocab=("error", "base", "common"), missing=("error", "base"), extra=("error", "ignore"), dtype=(None, *DTYPES)).items(): check_option(name, given[name], known)
+    for name, known in dict(orthogonalize=(None, *POLAR_METHODS), split=(None, "qkv"), vocab=("error", "base", "common"), missing=("error", "base"), extra=("error", "ignore"), dtype=(None, *DTYPES), device=("cpu", "cuda")).items(): check_option(name, given[name], known)
     if given["rank"] not in (None, *(["full"] * (command == "merge"))): check_rank(given["rank"], "leave it out for the default")
     rank_for_ratio((1, 1), given["ratio"])
     if not math.isfinite(given["alpha"]): raise ValueError(f"alpha must be a finite number, got {given['alpha']}.")
@@ -121,11 +122,20 @@ def _draw(command: str, name: str, m: Match, rules: Rules, tasks: Sequence[str],
     return Drawn(line, item, read if how != "copy" or command != "interference" else 0, _written(command, line))
 
 # %% ../../nbs/scale/30b_plan.ipynb #b31106e1
+def _split_notes(shapes: Mapping[str, Sequence[int]]) -> list[str]: # `ValueError` if none is split
+    "What split='qkv' does not reach."
+    whole = {n: why for n, s in shapes.items() if (why := left_whole(n, s))}
+    if not any(cut_of(n, s, "qkv").parts > 1 for n, s in shapes.items()):
+        raise ValueError("split is 'qkv' (--split), and no tensor is a fused q, k, v that falls into thirds" + "".join(f"; {n!r} is left whole: {why}" for n, why in list(whole.items())[:1]) + "; leave split out.")
+    return [f"fused, and left whole: {names} ({why})" for names, why, _ in group_names(whole.items())]
+
+
 def _draw_all(command: str, base: Mapping, tasks: Mapping[str, Mapping], options: dict) -> tuple[list[Drawn], list[str]]:
     "The lines of a run that compares checkpoints with their base, and notes."
     rules = Rules(options["include"], options["exclude"])
     matches, notes = match_tensors(base, tasks, options["vocab"], options["missing"], options["extra"])
     rules.check_used(list(base))
+    if options.get("split"): notes = notes + _split_notes({name: m.shape for name, m in matches.items() if not m.copied and rules.choose(name, len(m.shape)).decomposed})
     if command == "compress":
         ints = [n for n, m in matches.items() if not m.start.is_floating_point()]
         matches, notes = {n: m for n, m in matches.items() if n not in {*ints}}, notes + [f"{len(ints)} integer tensors are the base's, and not in the archive"] * bool(ints)
@@ -134,6 +144,7 @@ def _draw_all(command: str, base: Mapping, tasks: Mapping[str, Mapping], options
         if options["rank"] and (small := [d.line for d in drawn if d.line.reason.startswith("too small")]): raise ValueError(f"rank {options['rank']} is too large for {len(tasks)} tasks in every matrix ({small[0].name!r} {small[0].reason}); leave rank out.")
         if command == "interference": raise ValueError("no matrix to score; change include and exclude.")
         notes.append("nothing is decomposed: all tensors are averaged" if command == "merge" else "nothing is decomposed")
+    if options.get("device") == "cuda": notes.append("matrices are decomposed on a GPU; the time is that of a CPU")
     return drawn, notes
 
 # %% ../../nbs/scale/30b_plan.ipynb #78029266
@@ -225,9 +236,10 @@ def make_plan(
     threads: int | None = None, # for linear algebra; default: as many as PyTorch uses now
     missing: str = "error", # tensors that a task lacks: "error", or "base" (take the base's)
     extra: str = "error", # tensors that only a task has: "error" or "ignore"
+    device: str = "cpu", # where matrices are decomposed: "cpu" or "cuda"
 ) -> Plan: # `ValueError` or `StateDictKeyError`, which name the tensor and the option
     "What a run will do, from headers alone."
-    given = dict(rank=rank, ratio=ratio, alpha=alpha, orthogonalize=orthogonalize, split=split, weights=weights, include=include, exclude=exclude, vocab=vocab, dtype=dtype, missing=missing, extra=extra)
+    given = dict(rank=rank, ratio=ratio, alpha=alpha, orthogonalize=orthogonalize, split=split, weights=weights, include=include, exclude=exclude, vocab=vocab, dtype=dtype, missing=missing, extra=extra, device=device)
     options, limit = _options(command, tasks, given, threads), size_bytes(shard_size) # both are checked first
     found = _draw_archive(base, *tasks.values(), options) if command == "expand" else _draw_all(command, base, tasks, options)
     return _assemble(command, base, tasks, *found, options, limit)

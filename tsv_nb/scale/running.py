@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from fastcore.meta import delegates
-from tqdm.auto import tqdm
 
 from ..checks import check_option
+from ..console import say
 from .byte_files import check_output
 from .checkpoints import Checkpoint
 from .parts import CannotWrite
-from .planned import Plan
-from .stream import local_engine, run_plan
+from .planned import Plan, size_bytes
+from .stream import device_of, local_engine, run_plan
 from .tables import size_text
 
 # %% ../../nbs/scale/30d1_running.ipynb #364ae787
@@ -46,6 +46,8 @@ def task_paths(
 def run_options(
     engine: str = "local", # who computes: local, or ray for many machines
     address: str = None, # of a Ray cluster (default: start one here)
+    num_gpus: float = None, # that Ray reserves for each unit of work (default: 1 with --device cuda, else none)
+    memory_per_unit: str = None, # that Ray reserves, as in 4GB (default: as the plan estimates)
     restart: bool = False, # throw an unfinished run away
     overwrite: bool = False, # replace an output that exists
     plan: bool = False, # show the plan and stop
@@ -53,20 +55,29 @@ def run_options(
     quiet: bool = False, # print nothing, show no progress
 ) -> dict: # what was given
     "How a plan is carried out."
-    return dict(engine=engine, address=address, restart=restart, overwrite=overwrite, plan=plan, json=json, quiet=quiet)
+    return dict(engine=engine, address=address, num_gpus=num_gpus, memory_per_unit=memory_per_unit, restart=restart, overwrite=overwrite, plan=plan, json=json, quiet=quiet)
 
 # %% ../../nbs/scale/30d1_running.ipynb #2db95706
+def _memory(text: str | None) -> int | None:
+    "Bytes of an option; None: it was not given."
+    try: return None if text is None else size_bytes(int(text) if text.isdecimal() else text)
+    except ValueError as e: raise ValueError(f"--memory-per-unit must be a number of bytes such as 4GB or 500MB, got {text!r}.") from e
+
+
 def choose_engine(
     engine: str, # "local" or "ray"
     address: str | None = None, # of a Ray cluster
+    num_gpus: float | None = None, # of each unit
+    memory_per_unit: str | None = None, # as in "4GB"
 ) -> Callable: # an Engine
     "The engine that an option names."
     check_option("engine", engine, ("local", "ray"))
     if engine == "local":
-        if address: raise ValueError(f"--address {address} is for --engine ray; leave one out or add the other.")
+        for name, value in {"address": address, "num-gpus": num_gpus, "memory-per-unit": memory_per_unit}.items():
+            if value is not None: raise ValueError(f"--{name} {value} is for --engine ray; leave one out or add the other.")
         return local_engine
     from tsv_nb.scale.distributed import ray_engine
-    return ray_engine(address)
+    return ray_engine(address, num_gpus, memory=_memory(memory_per_unit))
 
 # %% ../../nbs/scale/30d1_running.ipynb #9df0403b
 @delegates(run_options)
@@ -77,10 +88,11 @@ def key_options(
     missing: str = "error", # tensors that a task lacks: error, or base (as if they had not moved)
     extra: str = "error", # tensors that only a task has: error, or ignore
     threads: int = None, # for each piece of work; the result's last digits depend on it (default: all cores)
+    device: str = None, # where matrices are decomposed: cpu or cuda; the last digits depend on it (default: cpu, with --num-gpus cuda)
     **kwargs
 ) -> tuple[dict, dict]: # for `make_plan`; the rest, for `carry_out`
     "Which tensors are decomposed, and what is done where checkpoints do not agree."
-    return dict(include=include or (), exclude=exclude, vocab=vocab, missing=missing, extra=extra, threads=threads), kwargs
+    return dict(include=include or (), exclude=exclude, vocab=vocab, missing=missing, extra=extra, threads=threads, device=device or ("cuda" if kwargs.get("num_gpus") else "cpu")), kwargs
 
 # %% ../../nbs/scale/30d1_running.ipynb #175fc84f
 def check_space(
@@ -112,9 +124,10 @@ def carry_out(
     "Show a plan, and unless only that was asked for, carry it out."
     options = run_options(**options)
     if options["plan"]: return json_format.dumps(work.to_json(), indent=1, allow_nan=False) if options["json"] else work.table()
-    engine, silent = choose_engine(options["engine"], options["address"]), options["quiet"] or options["json"]
+    engine, silent = choose_engine(*(options[o] for o in ("engine", "address", "num_gpus", "memory_per_unit"))), options["quiet"] or options["json"]
+    if options["engine"] == "local": device_of(work) # before anything is begun
     check_space(work, out)
-    if not silent: tqdm.write(work.table() + "\n")
+    if not silent: say(work.table() + "\n")
     report = run_plan(work, base, tasks, out, engine, progress=not options["quiet"], restart=options["restart"], overwrite=options["overwrite"], any_base=any_base)
     return json_format.dumps(report, indent=1, allow_nan=False) if options["json"] else summary(report, out)
 

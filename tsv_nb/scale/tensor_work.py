@@ -50,6 +50,7 @@ class Reader:
     "Reads tensors of a job, and remembers the digests of what it has read."
     job: Job
     read: dict[str, dict[str, Entry]] = field(default_factory=dict) # source -> name -> digest
+    device: torch.device = torch.device("cpu") # where matrices are decomposed
 
     def __call__(self,
         source: str, # "base" or a task
@@ -77,10 +78,10 @@ def read_delta(
     start: Tensor, # the base's tensor, or its rows that are worked on
 ) -> Tensor: # theta_t - theta_0 in at least float32, of the shape of `start`; zero if the task lacks the tensor. `ValueError` where it does not fit
     "One tensor of a task vector."
-    if task in planned.absent: return torch.zeros(start.shape, dtype=wide_dtype(start))
+    if task in planned.absent: return torch.zeros(start.shape, dtype=wide_dtype(start), device=start.device)
     tuned = read(task, planned.name)
     if planned.rows is not None: tuned = tuned[:planned.rows]
-    delta = tuned.to(wide_dtype(start, tuned), copy=True).sub_(start)
+    delta = tuned.to(start.device, wide_dtype(start, tuned), copy=True).sub_(start)
     return fitting({planned.name: delta}, f"{read.job.tasks[task].where}: difference of tensor")[planned.name]
 
 # %% ../../nbs/scale/30c1_tensor_work.ipynb #3a4c2332
@@ -90,12 +91,13 @@ def read_start(
 ) -> tuple[Tensor, Tensor]: # the base's tensor; the rows of it that are worked on (a view)
     "One tensor of the base."
     whole = read("base", planned.name)
+    if planned.how == "merge": whole = whole.to(read.device) # and with it all that follows
     return whole, whole if planned.rows is None else whole[:planned.rows]
 
 
 def _completed(whole: Tensor, done: Tensor) -> Tensor:
     "A result for some rows, with the other rows of the base."
-    return done if done.shape == whole.shape else torch.cat([done, whole[len(done):].to(done.dtype)])
+    return done if done.shape == whole.shape else torch.cat([done, whole[len(done):].to(done)])
 
 # %% ../../nbs/scale/30c1_tensor_work.ipynb #c79180d5
 def _square(x: Tensor) -> float:

@@ -6,6 +6,7 @@
 __all__ = ['WorkFolder']
 
 # %% ../../nbs/scale/30c3_work.ipynb #b03313ed
+import hashlib
 import json
 import os
 import shutil
@@ -200,10 +201,15 @@ def todo(self: WorkFolder) -> list[int]: # units
     return [unit for shard, units in enumerate(self.units) if shard not in self.done for unit in units if unit not in self.have]
 
 # %% ../../nbs/scale/30c3_work.ipynb #a89c97a3
+def _check(receipt: Mapping) -> str:
+    "A digest of what a receipt says: whoever believes one has to know that nothing in it is damaged."
+    return hashlib.sha256(json.dumps({k: v for k, v in receipt.items() if k != "check"}, sort_keys=True).encode()).hexdigest()
+
+
 @patch
 def _finished(self: WorkFolder, shard: int) -> bool:
     "Whether a shard has its receipt and its file; what an earlier session has left is read and compared once."
-    if shard not in self.done and (receipt := read_json(self.receipt(shard))):
+    if shard not in self.done and (receipt := read_json(self.receipt(shard))).get("check") == _check(receipt):
         file = self.folder / "out" / receipt["file"] if receipt["file"] else None
         if file is None or file.exists() and file.stat().st_size == receipt["size"] and file_sha256(file) == receipt["sha256"]: self.done[shard] = receipt
     return shard in self.done
@@ -234,7 +240,7 @@ def _assemble(self: WorkFolder, shard: int) -> None:
         e.path.unlink(missing_ok=True)
         self.have.discard(int(e.path.stem))
         return
-    save_json(self.receipt(shard), receipt)
+    save_json(self.receipt(shard), receipt | dict(check=_check(receipt)))
     self.done[shard] = receipt
     for unit in units: self.part(unit).unlink(); self.part(unit).with_suffix(".seconds").unlink(missing_ok=True)
 
