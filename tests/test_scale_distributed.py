@@ -341,7 +341,7 @@ def test_a_straggler_gets_a_second_copy(cluster, inputs, reference, tmp_path, ca
         run_unit(job, unit)
     start = time.monotonic()
     make_run(inputs, tmp_path / "out")(ray_engine(work=lame))
-    assert digests(tmp_path / "out") == reference and time.monotonic() - start < 20 and "unit 1 takes longer" in caplog.text
+    assert digests(tmp_path / "out") == reference and time.monotonic() - start < 50 and "unit 1 takes longer" in caplog.text
 
 
 def test_only_some_units_are_in_flight(cluster, inputs, tmp_path, monkeypatch):
