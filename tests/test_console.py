@@ -161,7 +161,7 @@ def test_what_is_said_fits_80_columns(name, files, tmp_path):
     argv, folder, out = small(name, files)
     os.symlink(folder, tmp_path / "files") # paths are as short as the person's who types them
     done = run(name, *(f"files/{a}" if (folder / a).exists() else a for a in argv), "--out", out, cwd=tmp_path)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) > 2
+    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2
     assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
     if name == "tsv_interference": assert {line.split()[0] for line in done.stdout.split("pairs")[-1].splitlines()[1:3]} == {"g_a_task_of_ma", "h_a_task_of_ma"}
 
