@@ -1,6 +1,8 @@
 """The explorers without a browser: their numbers, what a saved page holds, and what happens where ipywidgets is missing."""
+import importlib
+import inspect
 import json
-import statistics
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from tsv_nb.explore.rank_explorer import accuracy_curve, archive_at, rank_explor
 from tsv_nb.explore.whitening_explorer import gram_schmidt, plane_vectors, space_vectors, whitened, whitening_plane, whitening_space
 from tsv_nb.explore.widgets import Explorer, Picture
 
+from explorer_steps import GOAL, expect_live
 from test_browser import PAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -271,14 +274,30 @@ p = whitening_plane(); p.controls['angle_b'].set_state({'value': 51}); print(p.v
 
 
 def test_steps_stay_within_their_budget(g):
-    "The goal is 150 ms a step on 2 cores; of processor time, so that other work on the machine does not count."
     vector = {f"w{i}": torch.randn(256, 128, generator=g) for i in range(4)}
-    ranks = dict.fromkeys(rank_steps(128), .5)
-    for e, control, values in ((rank_explorer({"t": vector}, {"t": ranks}), "rank", rank_steps(128)[:8]), (whitening_plane(), "angle_b", range(51, 59)), (whitening_space(), "elevation", range(41, 49))):
-        times = []
-        for value in values:
-            start, before = time.process_time(), e.png
-            e.move(**{control: value})
-            times.append(time.process_time() - start)
-            assert e.png != before or value == 8 # where the rank explorer starts
-        assert statistics.median(times) < .3, (e.title, times)
+    by_rank = rank_explorer({t: vector if t == "t" else {n: 2 * x for n, x in vector.items()} for t in "tu"}, {t: dict.fromkeys(rank_steps(128), .5) for t in "tu"})
+    expect_live(by_rank, {"rank": rank_steps(128)[:4] + rank_steps(128)[-4:], "layer": ["w1", "w2", "w3", "w0"]})
+    orders = [(1, 0), (0, 1)] * 2
+    expect_live(whitening_plane(), {"angle_b": range(51, 59), "length_b": [.9, .8, .7, .6], "angle_a": range(11, 15), "length_a": [.9, .8, .7, .6], "order": orders})
+    expect_live(whitening_space(), {"elevation": range(41, 49), "between": range(71, 75), "azimuth": range(31, 35), "view": range(-39, -35), "order": [(1, 2, 0), (2, 1, 0)] * 2})
+
+
+def test_the_budget_sees_a_slow_step():
+    slow, _ = tiny(lambda x, y: time.sleep(.16) or dict(x=x, y=y))
+    with pytest.raises(AssertionError, match="Where"): expect_live(slow, {"x": range(2, 6)})
+    fast, _ = tiny()
+    expect_live(fast, {"x": range(2, 6)})
+
+
+def test_recorded_steps_are_those_of_every_explorer_and_within_the_goal(monkeypatch):
+    "What benchmarks/widgets.py has stored, and the list it works through."
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("widgets")
+    stored = json.loads((ROOT / "benchmarks" / "results" / "widgets.json").read_text(encoding="utf-8"))
+    makers = {name for path in (ROOT / "tsv_nb" / "explore").glob("*.py") for name in re.findall(r"^def (\w+)\((?:[^()]|\([^()]*\))*\) -> Explorer:", path.read_text(encoding="utf-8"), re.M)}
+    assert len(makers) == 5
+    assert makers == {name for make, _ in benchmark.EXPLORERS.values() for name in makers if f"return {name}(" in inspect.getsource(make)}
+    assert stored["goal_ms"] == benchmark.GOAL_MS == 1000 * GOAL
+    assert {name: list(r["controls"]) for name, r in stored["explorers"].items()} == {name: list(moves) for name, (_, moves) in benchmark.EXPLORERS.items()}
+    slow = {name: r["max_ms"] for name, r in stored["explorers"].items() if r["max_ms"] > stored["goal_ms"]}
+    assert not slow, slow
