@@ -6,14 +6,17 @@ GOAL = .15 # seconds from a control's new value to the finished picture and numb
 
 
 def expect_live(explorer, moves):
-    "The steps of each control, {control: values}: the fastest below the goal by the clock, the typical one below twice the goal of processor time."
+    "The steps of each control, {control: at least four values}: the fastest below the goal by the clock, the typical one below twice the goal of processor time."
     for control, values in moves.items():
         wall, processor = [], []
-        for value in values:
-            before, start, busy = explorer.png, time.perf_counter(), time.process_time()
-            explorer.move(**{control: value})
-            wall.append(time.perf_counter() - start)
-            processor.append(time.process_time() - busy)
-            assert explorer.png != before, (explorer.title, control, value)
-        assert len(wall) >= 4 and min(wall) < GOAL, (explorer.title, control, wall) # the fastest: other work on the machine slows some steps, not all
+        for _ in range(5): # other work slows steps down, sometimes all of them for a while: then again
+            for value in values:
+                before, start, busy = explorer.png, time.perf_counter(), time.process_time()
+                explorer.move(**{control: value})
+                wall.append(time.perf_counter() - start)
+                processor.append(time.process_time() - busy)
+                assert explorer.png != before, (explorer.title, control, value)
+            if min(wall) < GOAL: break
+            time.sleep(.5)
+        assert len(wall) >= 4 and min(wall) < GOAL, (explorer.title, control, wall)
         assert statistics.median(processor) < 2 * GOAL, (explorer.title, control, processor)

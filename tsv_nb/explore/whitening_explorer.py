@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .mouse import Mouse
+from .plots import PALETTE
 from .widgets import Explorer, Picture, need
 from ..polar import orthogonalize
 
@@ -85,9 +86,6 @@ def whitened(
     return Whitened(X, polar, gram_schmidt(X, order), torch.linalg.svdvals(X), kept, shaken, ((shaken - polar).norm() / errors.norm()).item())
 
 # %% ../../nbs/explore/41d_whitening.ipynb #0fb9b93a
-_COLORS = ("#0072B2", "#D55E00", "#009E73") # of a, b, c
-
-
 def _flatten(P: Tensor, view: float) -> np.ndarray:
     "Columns of P (..., d, K) on the picture's plane (..., 2, K); from space seen from `view` degrees, 25 degrees above the floor."
     if P.shape[-2] == 2: return P.numpy()
@@ -99,9 +97,9 @@ def _flatten(P: Tensor, view: float) -> np.ndarray:
 def _scene(figure: Figure, result: tuple) -> list:
     "Axes for the vectors, both Gram matrices and the singular values; a unit circle (in space: the floor)."
     K, space = result[0].X.shape[1], result[0].X.shape[0] == 3
-    main, before, after, bars = (figure.add_axes(o) for o in ([.01, .03, .43, .88], [.49, .36, .2, .5], [.73, .36, .2, .5], [.53, .13, .36, .16]))
+    main, before, after, bars = (figure.add_axes(o) for o in ([.01, .03, .43, .88], [.49, .42, .2, .46], [.73, .42, .2, .46], [.53, .13, .36, .16]))
     t = np.linspace(0, 2 * np.pi, 200)
-    main.plot(np.cos(t), np.sin(t) * (np.sin(np.deg2rad(25)) if space else 1), color="#999999", lw=.8, ls=":")
+    main.plot(np.cos(t), np.sin(t) * (np.sin(np.deg2rad(25)) if space else 1), color=PALETTE[-1], lw=.8, ls=":")
     reach = 1.35 if space else 1.75
     main.set(xlim=(-1.1 * reach, 1.1 * reach), ylim=(-reach, reach), aspect="equal", title="Vectors and their nearest orthonormal ones")
     main.axis("off")
@@ -109,7 +107,7 @@ def _scene(figure: Figure, result: tuple) -> list:
     main.legend(loc="lower left", frameon=False, ncols=3, columnspacing=1., handlelength=1.6)
     for ax, title in ((before, "Gram matrix as given"), (after, "whitened")):
         ax.set(title=title, xticks=range(K), yticks=range(K), xticklabels="abc"[:K], yticklabels="abc"[:K], xlim=(-.5, K - .5), ylim=(K - .5, -.5), aspect="equal")
-    bars.set(xlim=(0, 2.6), ylim=(-.6, K - .4), yticks=range(K), yticklabels=[f"$\\sigma_{i + 1}$" for i in range(K)], xlabel="singular value (dotted: 1, where whitening puts it)")
+    bars.set(xlim=(0, 2.6), ylim=(-.6, K - .4), yticks=range(K), yticklabels=[f"$\\sigma_{i + 1}$" for i in range(K)], xlabel="size (dotted: 1, where whitening puts it)", title="Singular values")
     bars.axvline(1, color="#444444", lw=.8, ls=":")
     bars.invert_yaxis()
     return [main, before, after, bars]
@@ -121,7 +119,7 @@ def _marks(axes: list, result: tuple) -> Iterable[Artist]:
     main, before, after, bars = axes
     given, polar, rival, shaken = (_flatten(o, view) for o in (w.X, w.polar, w.rival, w.shaken))
     floor = _flatten(w.polar * torch.tensor([[1.], [1.], [0.]]), view) if len(w.X) == 3 else polar
-    for i, color in enumerate(_COLORS[:given.shape[1]]):
+    for i, color in enumerate(PALETTE[:given.shape[1]]):
         yield main.plot(*shaken[..., i].T, "o", ms=2.5, color=color, alpha=.25, mew=0)
         yield main.plot([polar[0, i], floor[0, i]], [polar[1, i], floor[1, i]], ":", lw=.8, color=color)
         yield main.plot([0, rival[0, i]], [0, rival[1, i]], "--", lw=1.4, color=color)
@@ -132,7 +130,7 @@ def _marks(axes: list, result: tuple) -> Iterable[Artist]:
         G = (Y.T @ Y).numpy()
         yield ax.imshow(G, cmap="RdBu_r", vmin=-1.5, vmax=1.5)
         for i, j in np.ndindex(*G.shape): yield ax.text(j, i, f"{round(G[i, j], 2) + 0.:.2f}", ha="center", va="center", color="w" if abs(G[i, j]) > .95 else "k")
-    yield bars.barh(range(len(w.S)), w.S.numpy(), color="#0072B2", height=.7)
+    yield bars.barh(range(len(w.S)), w.S.numpy(), color=PALETTE[0], height=.7)
 
 # %% ../../nbs/explore/41d_whitening.ipynb #28b61e2a
 def whitening_numbers(
