@@ -29,7 +29,8 @@ PAGES = {
     "explore/41c_playground.ipynb": [{"alpha": ["ArrowRight", "PageUp"], "task0": ["Space", "Space"], "task1": ["Space"], "task2": ["Space"], "task3": ["Space"],
                                       "method": ["Home", "End"]}],
     "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["End"]},
-                                    {"between": ["ArrowRight"], "order": ["End"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
+                                    {"order": ["End"], "view": ["ArrowRight"], "elevation_c": ["ArrowLeft", "Home"], "azimuth_c": ["ArrowRight"], "azimuth_b": ["ArrowRight", "PageUp"],
+                                     "elevation_b": ["ArrowRight"], "azimuth_a": ["ArrowLeft"], "elevation_a": ["ArrowRight", "End"]}],
 }
 PART_ONE = [p.relative_to(ROOT / "nbs").as_posix() for p in sorted((ROOT / "nbs" / "method").glob("[0-9]*.ipynb"))] if os.environ.get("TSV_NB_PART_ONE") else []
 QUIET = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
@@ -226,7 +227,8 @@ def test_saved_widgets_say_that_nobody_answers(reader):
         assert seen(explorer) == before
 
 
-DRAGS = [("a", (10, 1.), (120, 1.3)), ("b", (50, 1.), (-35, .7)), ("b", (-35, .7), (-60, 1.6)), ("a", (120, 1.3), (90, .1))] # vector, from, to: angle and length
+DRAGS = [(0, "a", (10, 1.), (120, 1.3)), (0, "b", (50, 1.), (-35, .7)), (0, "b", (-35, .7), (-60, 1.6)), (0, "a", (120, 1.3), (90, .1)), # in the plane: vector, from, to: angle and length
+         (1, "c", (30, 40), (-60, 20)), (1, "b", (70, 0), (110, 30))] # in space: azimuth and elevation, of a near and of a far vector
 BURST = """([o, x, y, u, v]) => { // forty moves at once, and the pictures they cause
     const picture = o.querySelector('img.tsv-picture').parentElement;
     window.pictures = 0; window.watch?.disconnect(); window.watch = new MutationObserver(() => window.pictures++); window.watch.observe(picture, {childList: true});
@@ -237,20 +239,21 @@ BURST = """([o, x, y, u, v]) => { // forty moves at once, and the pictures they 
 def test_vectors_are_dragged_with_the_mouse(reader):
     pytest.importorskip("anywidget")
     from test_explorers import in_picture
-    from tsv_nb.explore.whitening_explorer import whitening_plane
-    here, seconds = whitening_plane(), []
+    from tsv_nb.explore.whitening_explorer import whitening_plane, whitening_space
+    ours, seconds = (whitening_plane(), whitening_space()), []
     reader.run_all()
-    explorer = reader.explorers(".jupyter-widgets")[0]
-    reader.page.wait_for_function("o => o.querySelector('.tsv-hint').innerText.includes('with the mouse')", arg=explorer.element_handle(), timeout=10_000)
-    image = explorer.locator("img.tsv-picture")
-    for i, (name, start, end) in enumerate(DRAGS):
+    theirs = reader.explorers(".jupyter-widgets")
+    for explorer in theirs: reader.page.wait_for_function("o => o.querySelector('.tsv-hint').innerText.includes('with the mouse')", arg=explorer.element_handle(), timeout=10_000)
+    for i, (which, name, start, end) in enumerate(DRAGS):
+        here, explorer = ours[which], theirs[which]
+        image, sliders = explorer.locator("img.tsv-picture"), [f"{what}_{name}" for what in here.mouse.sliders]
         reader.page.set_viewport_size(dict(width=1280 if i < 2 else 900, height=1000)) # in the second the picture is scaled
         image.scroll_into_view_if_needed()
         reader.idle()
         box, old = image.bounding_box(), seen(explorer)
         assert (box["width"] < 800) == (i >= 2), box
-        def at(angle, length): return [box[o] + box[size] * f for o, size, f in zip("xy", ("width", "height"), in_picture(here, angle, length))]
-        (x, y), (u, v) = at(*start), at(*end)
+        def at(values): return [box[o] + box[size] * f for o, size, f in zip("xy", ("width", "height"), in_picture(here, *values))]
+        (x, y), (u, v) = at(start), at(end)
         reader.shot(explorer, f"drag{i}-before")
         reader.page.mouse.move(x + 6, y - 4) # near the tip
         reader.page.mouse.down()
@@ -265,20 +268,20 @@ def test_vectors_are_dragged_with_the_mouse(reader):
         reader.page.mouse.move(u, v)
         reader.page.mouse.up()
         shown = "([o, want]) => want.every(([name, value]) => Number(o.querySelector(`.tsv-control-${name} .widget-readout`).innerText.replace('−', '-')) === value)"
-        with contextlib.suppress(reader.timeout): reader.page.wait_for_function(shown, arg=[explorer.element_handle(), [[f"angle_{name}", end[0]], [f"length_{name}", end[1]]]], timeout=10_000)
-        assert [float(explorer.locator(f".tsv-control-{o}_{name} .widget-readout").inner_text().replace("−", "-")) for o in ("angle", "length")] == list(end)
+        with contextlib.suppress(reader.timeout): reader.page.wait_for_function(shown, arg=[explorer.element_handle(), [*map(list, zip(sliders, end))]], timeout=10_000)
+        assert [float(explorer.locator(f".tsv-control-{o} .widget-readout").inner_text().replace("−", "-")) for o in sliders] == list(end)
         reader.idle()
         new = seen(explorer)
         reader.shot(explorer, f"drag{i}-after")
         reader.page.mouse.move(x, y) # let go: nothing follows any more
         reader.page.wait_for_timeout(300)
         assert seen(explorer) == new and all(a != b for a, b in zip(old, new))
-        here.move(**{f"angle_{name}": end[0], f"length_{name}": end[1]})
+        here.move(**dict(zip(sliders, end)))
         assert 1 <= reader.page.evaluate("window.pictures") <= 3 # one that was being answered, and the last
         assert new[2] == tuple(here.text.values()) # what the same sliders give here
         assert not explorer.locator(".widget-html[style*=grabbing]").count()
     print(f"a drag step: median {1000 * statistics.median(seconds):.0f} ms, longest {1000 * max(seconds):.0f} ms")
-    assert not explorer.locator(".tsv-error").count() and not reader.errors, reader.errors
+    assert not reader.page.locator(".tsv-error").count() and not reader.errors, reader.errors
     assert statistics.median(seconds) < 1.5, seconds
 
 

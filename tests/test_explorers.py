@@ -17,7 +17,7 @@ import ipywidgets as W
 from tsv_nb import compress, orthogonalize
 from tsv_nb.explore.mouse import at_pixel, nearest_stop, nearest_tip
 from tsv_nb.explore.rank_explorer import accuracy_curve, archive_at, rank_explorer, rank_report, rank_steps, task_spectra
-from tsv_nb.explore.whitening_explorer import gram_schmidt, plane_vectors, space_vectors, whitened, whitening_plane, whitening_space
+from tsv_nb.explore.whitening_explorer import _directions, _flatten, gram_schmidt, plane_vectors, space_vectors, whitened, whitening_plane, whitening_space
 from tsv_nb.explore.widgets import Explorer, Picture
 
 from explorer_steps import GOAL, expect_live
@@ -176,7 +176,7 @@ def test_whitening_is_nearest_and_has_no_order(g):
         torch.testing.assert_close(a.polar, orthogonalize(X, "svd"))
 
 
-@pytest.mark.parametrize("X, kept", [(plane_vectors([30, 30], [1, .2]), 1), (plane_vectors([30, 210], [1, 1]), 1), (space_vectors(50, 20, 0), 2), (space_vectors(0, 0, 0), 1), (space_vectors(90, 0, 90), 3)])
+@pytest.mark.parametrize("X, kept", [(plane_vectors([30, 30], [1, .2]), 1), (plane_vectors([30, 210], [1, 1]), 1), (space_vectors([0, 50, 20], [0, 0, 0]), 2), (space_vectors([0, 0, 180], [0, 0, 0]), 1), (space_vectors([0, 50, 20], [40, 40, 40]), 3), (space_vectors([0, 90, 0], [0, 0, 90]), 3), (space_vectors([0, 90, 0], [0, 0, -90]), 3)])
 def test_dependent_vectors_lose_directions(X, kept):
     w = whitened(X, range(X.shape[1]))
     assert w.kept == kept == torch.linalg.matrix_rank(X).item() and w.polar.square().sum().item() == pytest.approx(kept)
@@ -185,10 +185,11 @@ def test_dependent_vectors_lose_directions(X, kept):
 
 # --- the mouse -------------------------------------------------------------------------------------------------------------------------------
 
-def in_picture(plane, angle, length):
-    "Where matplotlib draws a vector's tip, as fractions of the picture from its upper left corner."
-    x, y = plane.picture.axes[0].transData.transform(plane_vectors([angle], [length])[:, 0].numpy())
-    return x / plane.picture.pixels[0], 1 - y / plane.picture.pixels[1]
+def in_picture(explorer, *values):
+    "Where matplotlib draws the tip of a vector with these values of its two sliders, as fractions of the picture from its upper left corner."
+    make = plane_vectors if explorer.mouse.sliders == ("angle", "length") else space_vectors
+    x, y = explorer.picture.axes[0].transData.transform(_flatten(make(*([v] for v in values)), explorer.values.get("view"))[:, 0])
+    return x / explorer.picture.pixels[0], 1 - y / explorer.picture.pixels[1]
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,42 @@ def test_mouse_finds_the_place_and_moves_the_sliders_there(plane, angle, length)
         assert plane.controls[f"angle_{name}"].value == angle and plane.png != before
         other = {"a": ("angle_b", 50), "b": ("angle_a", 10)}[name]
         assert plane.values[other[0]] == other[1]
+
+
+def near(view, azimuth, elevation): return (_directions(view)[2] @ space_vectors([azimuth], [elevation]).numpy()).item() >= 0
+
+
+@pytest.mark.parametrize("view", [-180, -40, 10, 135])
+@pytest.mark.parametrize("end", [(0, 0), (30, 40), (-100, 15), (170, -30), (60, -5), (-20, 80)])
+def test_mouse_moves_vectors_in_space_on_their_side(view, end):
+    space = whitening_space()
+    places = {name: next((around, above) for around, above in options if near(view, around, above) == near(view, *end))
+              for name, options in dict(a=[(-150, 50), (40, -50)], b=[(100, 20), (-80, -20)], c=[(-30, 10), (150, -10)]).items()}
+    for name, start in places.items():
+        space.move(view=view, **{f"{what}_{n}": v for n, o in places.items() for what, v in zip(("azimuth", "elevation"), o)})
+        before = space.png, space.text
+        space.mouse.hear("press", *in_picture(space, *start))
+        assert space.mouse.held == "abc".index(name) and space.png == before[0]
+        space.mouse.hear("move", *in_picture(space, *end))
+        space.mouse.hear("release", *in_picture(space, *end))
+        assert (space.values[f"azimuth_{name}"], space.values[f"elevation_{name}"]) == end
+        assert space.png != before[0] and space.text != before[1] and space.mouse.held is None
+        others = {n: (space.values[f"azimuth_{n}"], space.values[f"elevation_{n}"]) for n in places if n != name}
+        assert others == {n: o for n, o in places.items() if n != name}
+
+
+def test_a_vector_pulled_over_the_rim_comes_back_on_its_side():
+    space = whitening_space()
+    for name, start in (("c", (30, 40)), ("b", (70, 0))):
+        side = near(-40, *start)
+        space.mouse.hear("press", *in_picture(space, *start))
+        for angle in range(0, 360, 30):
+            place = space.picture.axes[0].transData.transform(plane_vectors([angle], [1.3])[:, 0].numpy()) / space.picture.pixels
+            space.mouse.hear("move", place[0], 1 - place[1])
+            at = space.values[f"azimuth_{name}"], space.values[f"elevation_{name}"]
+            assert near(-40, *at) == side and abs((_directions(-40)[2] @ space_vectors([at[0]], [at[1]]).numpy()).item()) < .07
+        space.mouse.hear("release", *in_picture(space, *start))
+        assert (space.values[f"azimuth_{name}"], space.values[f"elevation_{name}"]) == start
 
 
 def test_nothing_is_taken_beside_the_axes_or_far_from_a_tip(plane):
@@ -286,7 +323,7 @@ def test_steps_stay_within_their_budget(g):
     expect_live(by_rank, {"rank": rank_steps(128)[:4] + rank_steps(128)[-4:], "layer": ["w1", "w2", "w3", "w0"]})
     orders = [(1, 0), (0, 1)] * 2
     expect_live(whitening_plane(), {"angle_b": range(51, 59), "length_b": [.9, .8, .7, .6], "angle_a": range(11, 15), "length_a": [.9, .8, .7, .6], "order": orders})
-    expect_live(whitening_space(), {"elevation": range(41, 49), "between": range(71, 75), "azimuth": range(31, 35), "view": range(-39, -35), "order": [(1, 2, 0), (2, 1, 0)] * 2})
+    expect_live(whitening_space(), {f"{what}_{n}": range(41, 45) for what in ("azimuth", "elevation") for n in "abc"} | {"view": range(-39, -35), "order": [(1, 2, 0), (2, 1, 0)] * 2})
 
 
 def test_the_budget_sees_a_slow_step():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plane_vectors', 'space_vectors', 'gram_schmidt', 'Whitened', 'whitened', 'whitening_numbers', 'whitening_plane',
-           'whitening_space']
+           'space_place', 'whitening_space']
 
 # %% ../../nbs/explore/41d_whitening.ipynb #471d53c2
 from collections.abc import Iterable, Sequence
@@ -35,14 +35,12 @@ def plane_vectors(
 
 
 def space_vectors(
-    between: float, # angle between a and b, which lie on the floor, in degrees
-    azimuth: float, # of c, in degrees
-    elevation: float, # of c above the floor, in degrees
-) -> Tensor: # (3, 3) float64, columns a, b, c of length 1
-    "Three vectors in space: two on the floor, one above it."
-    flat, (u, e) = plane_vectors([0, between, azimuth], [1, 1, 1]), torch.deg2rad(torch.tensor([azimuth, elevation], dtype=torch.float64))
-    flat[:, 2] *= e.cos()
-    return torch.cat([flat, torch.stack([0 * u, 0 * u, e.sin()])[None]])
+    azimuths: Sequence[float], # of each vector, around the vertical, in degrees
+    elevations: Sequence[float], # of each vector above the floor, in degrees; negative below it
+) -> Tensor: # (3, K) float64, one column of length 1 per vector
+    "Vectors in space."
+    a, e = torch.deg2rad(torch.tensor([list(azimuths), list(elevations)], dtype=torch.float64))
+    return torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()])
 
 # %% ../../nbs/explore/41d_whitening.ipynb #b8e2e8f0
 def gram_schmidt(
@@ -86,12 +84,15 @@ def whitened(
     return Whitened(X, polar, gram_schmidt(X, order), torch.linalg.svdvals(X), kept, shaken, ((shaken - polar).norm() / errors.norm()).item())
 
 # %% ../../nbs/explore/41d_whitening.ipynb #0fb9b93a
-def _flatten(P: Tensor, view: float) -> np.ndarray:
-    "Columns of P (..., d, K) on the picture's plane (..., 2, K); from space seen from `view` degrees, 25 degrees above the floor."
-    if P.shape[-2] == 2: return P.numpy()
+def _directions(view: float) -> np.ndarray: # (3, 3), one direction per row
+    "To the right, up and towards the reader, who looks from `view` degrees, 25 degrees above the floor."
     v, e = np.deg2rad(view), np.deg2rad(25)
-    R = np.array([[-np.sin(v), np.cos(v), 0], [-np.sin(e) * np.cos(v), -np.sin(e) * np.sin(v), np.cos(e)]])
-    return R @ P.numpy()
+    return np.array([[-np.sin(v), np.cos(v), 0], [-np.sin(e) * np.cos(v), -np.sin(e) * np.sin(v), np.cos(e)], [np.cos(e) * np.cos(v), np.cos(e) * np.sin(v), np.sin(e)]])
+
+
+def _flatten(P: Tensor, view: float) -> np.ndarray:
+    "Columns of P (..., d, K) on the picture's plane (..., 2, K)."
+    return P.numpy() if P.shape[-2] == 2 else _directions(view)[:2] @ P.numpy()
 
 # %% ../../nbs/explore/41d_whitening.ipynb #e171e34f
 def _scene(figure: Figure, result: tuple) -> list:
@@ -157,12 +158,28 @@ def whitening_plane() -> Explorer:
     plane.mouse = Mouse(plane, lambda result: result[0].X.numpy(), "ab")
     return plane
 
+# %% ../../nbs/explore/41d_whitening.ipynb #4a28e746
+def space_place(
+    result: tuple[Whitened, float], # what the explorer computes: the vectors, and the angle of view (degrees)
+    held: int, # column of the vector that is dragged
+    place: tuple[float, float], # angle and length in the picture's plane
+) -> tuple[float, float]: # azimuth and elevation in degrees
+    "The vector of length 1 whose tip is at a place of the picture, on the side, near or far, where the held one is."
+    (w, view), (angle, length) = result, place
+    D, t, r = _directions(view), np.deg2rad(angle), min(length, .999) # not quite the rim, where near and far meet
+    side = 1 if D[2] @ w.X[:, held].numpy() >= 0 else -1
+    x, y, z = (r * np.cos(t), r * np.sin(t), side * np.sqrt(1 - r * r)) @ D
+    return float(np.rad2deg(np.arctan2(y, x))), float(np.rad2deg(np.arcsin(z)))
+
 # %% ../../nbs/explore/41d_whitening.ipynb #a743d21d
 def whitening_space() -> Explorer:
-    "Three vectors in space: two on the floor, the third above it."
-    slider = lambda value, low, high, name: W.IntSlider(value, low, high, description=f"{name} (°)")
-    controls = dict(between=slider(70, 0, 180, "a to b"), azimuth=slider(30, -90, 180, "c around"), elevation=slider(40, 0, 90, "c above"), view=slider(-40, -180, 180, "view"),
-                    order=W.Dropdown(options=[("a, b, c", (0, 1, 2)), ("b, c, a", (1, 2, 0)), ("c, b, a", (2, 1, 0))], description="GS order"))
-    compute = lambda between, azimuth, elevation, view, order: (whitened(space_vectors(between, azimuth, elevation), order), float(view))
-    return Explorer("Whitening three vectors in space", controls, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
-                    "Three arrows in space, the orthonormal triple nearest to them, Gram–Schmidt's triple, their Gram matrices and singular values.")
+    "Three vectors of length 1 in space, moved by the mouse, or by their azimuths and elevations."
+    slider = lambda value, end, name: W.IntSlider(value, -end, end, description=f"{name} (°)", layout=W.Layout(width="285px")) # three in a row
+    around = {f"azimuth_{name}": slider(value, 180, f"{name} around") for name, value in dict(a=0, b=70, c=30).items()}
+    above = {f"elevation_{name}": slider(value, 90, f"{name} above") for name, value in dict(a=0, b=0, c=40).items()}
+    order = W.Dropdown(options=[("a, b, c", (0, 1, 2)), ("b, c, a", (1, 2, 0)), ("c, b, a", (2, 1, 0))], description="GS order", layout=W.Layout(width="285px"))
+    compute = lambda view, order, **o: (whitened(space_vectors([o[n] for n in around], [o[n] for n in above]), order), float(view))
+    space = Explorer("Whitening three vectors in space", {**around, **above, "view": slider(-40, 180, "view"), "order": order}, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
+                     "Three arrows in space, the orthonormal triple nearest to them, Gram–Schmidt's triple, their Gram matrices and singular values.")
+    space.mouse = Mouse(space, lambda result: _flatten(result[0].X, result[1]), "abc", ("azimuth", "elevation"), space_place)
+    return space
