@@ -1,4 +1,4 @@
-"""The explorers as a reader meets them: JupyterLab in a browser, every control moved with the keyboard.
+"""The explorers as a reader meets them: JupyterLab in a browser, every control moved with the keyboard; and a page of the site, with the widgets that were saved.
 
 Needs a Chromium and the Python package `playwright` (which drives it; no browser of its own is downloaded). Without them the tests are skipped, but fail under CI,
 unless TSV_NB_NO_BROWSER is set. TSV_NB_SHOTS=FOLDER keeps screenshots of each explorer before and after every move; TSV_NB_CHROMIUM names another browser.
@@ -14,11 +14,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (ROOT / "nbs").exists(), reason="needs the source tree")]
 
 # page -> explorers on it, in order -> all its controls -> keys to press; each key must change the picture and the numbers. No keys: a menu of one entry
@@ -29,8 +31,8 @@ PAGES = {
     "explore/41c_playground.ipynb": [{"alpha": ["ArrowRight", "PageUp"], "task0": ["Space", "Space"], "task1": ["Space"], "task2": ["Space"], "task3": ["Space"],
                                       "method": ["Home", "End"]}],
     "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["End"]},
-                                    {"order": ["End"], "view": ["ArrowRight"], "elevation_c": ["ArrowLeft", "Home"], "azimuth_c": ["ArrowRight"], "azimuth_b": ["ArrowRight", "PageUp"],
-                                     "elevation_b": ["ArrowRight"], "azimuth_a": ["ArrowLeft"], "elevation_a": ["ArrowRight", "End"]}],
+                                    {"order": ["End"], "view": ["ArrowRight"], "elevation_c": ["ArrowLeft", "PageDown"], "azimuth_c": ["ArrowRight"], "azimuth_b": ["ArrowRight", "PageUp"],
+                                     "elevation_b": ["ArrowRight"], "azimuth_a": ["ArrowLeft"], "elevation_a": ["ArrowRight", "PageUp"]}],
 }
 PART_ONE = [p.relative_to(ROOT / "nbs").as_posix() for p in sorted((ROOT / "nbs" / "method").glob("[0-9]*.ipynb"))] if os.environ.get("TSV_NB_PART_ONE") else []
 QUIET = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
@@ -46,6 +48,11 @@ def why_not():
     if os.environ.get("TSV_NB_NO_BROWSER"): return "TSV_NB_NO_BROWSER is set"
     if not importlib.util.find_spec("playwright"): return "needs the package playwright: pip install 'tsv-nb[dev]'"
     if not chromium(): return "needs a Chromium: none of chromium, chromium-browser, google-chrome is on the path; TSV_NB_CHROMIUM names another"
+
+
+def need_browser():
+    "Skip, or fail under CI, where there is none."
+    if reason := why_not(): (pytest.fail if os.environ.get("CI") and not os.environ.get("TSV_NB_NO_BROWSER") else pytest.skip)(reason)
 
 
 def test_missing_browser_is_an_error_under_ci(tmp_path):
@@ -65,7 +72,7 @@ def test_missing_browser_is_an_error_under_ci(tmp_path):
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     "The address of a JupyterLab with copies of the notebooks, no token, and folders of its own for all that it writes."
-    if reason := why_not(): (pytest.fail if os.environ.get("CI") and not os.environ.get("TSV_NB_NO_BROWSER") else pytest.skip)(reason)
+    need_browser()
     home = tmp_path_factory.mktemp("lab")
     (home / "benchmarks").symlink_to(ROOT / "benchmarks") # some pages show stored results
     copies = [home / "nbs" / trust / page for page in [*PAGES, *PART_ONE] for trust in ("", "trusted")]
@@ -102,7 +109,8 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def chrome(lab):
+def chrome():
+    need_browser()
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
@@ -225,6 +233,68 @@ def test_saved_widgets_say_that_nobody_answers(reader):
         reader.page.wait_for_timeout(500)
         expect_notice(explorer)
         assert seen(explorer) == before
+
+
+def no_scripts(why): (pytest.fail if os.environ.get("CI") else pytest.skip)(f"a page with saved widgets is not shown: {why}")
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    from platformdirs import user_cache_dir
+    from site_checks import install_html_manager
+    try: return install_html_manager(os.environ.get("TSV_NB_CACHE") or user_cache_dir("tsv-nb"))
+    except OSError as e: no_scripts(e)
+
+
+ESCAPED = "<\\/" # in JSON the same as "</", which would end the script
+
+
+def page_of_the_site(notebook, scripts):
+    "A notebook's saved widgets in HTML, as Quarto writes them: each view where its cell is, and the state at the end."
+    views = [o["data"][VIEW] for c in notebook["cells"] for o in c.get("outputs", []) if VIEW in o.get("data", {})]
+    def embedded(kind, data): return f'<script type="{kind}">{json.dumps(data).replace("</", ESCAPED)}</script>'
+    return "\n".join(['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Saved widgets</title>', *(f'<script src="{s.as_uri()}"></script>' for s in scripts), "</head><body>",
+                      *(f"<div>{embedded(VIEW, v)}</div>" for v in views), embedded(STATE, notebook["metadata"]["widgets"][STATE]), "</body></html>"])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: Path(p).stem)
+def test_a_page_of_the_site_shows_the_saved_explorers(chrome, scripts, path, tmp_path):
+    "Picture, numbers, all controls, and the notice: without Python, without a network, and without an error."
+    notebook = json.loads((ROOT / "nbs" / path).read_text(encoding="utf-8"))
+    (tmp_path / "page.html").write_text(page_of_the_site(notebook, scripts), encoding="utf-8")
+    stored = ["".join(o["data"]["text/html"]) for c in notebook["cells"] for o in c.get("outputs", []) if VIEW in o.get("data", {})]
+    page, errors = chrome.new_page(viewport=dict(width=1000, height=1000)), []
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: errors.append(str(e)))
+    page.on("request", lambda r: errors.append(f"asked for {r.url}") if not r.url.startswith(("file:", "data:")) else None)
+    page.goto((tmp_path / "page.html").as_uri())
+    page.locator(".jupyter-widgets.tsv-explorer").nth(len(PAGES[path]) - 1).wait_for(timeout=20_000)
+    explorers = page.locator(".jupyter-widgets.tsv-explorer").all()
+    assert len(explorers) == len(stored) == len(PAGES[path])
+    for i, (explorer, html, controls) in enumerate(zip(explorers, stored, PAGES[path])):
+        expect_notice(explorer)
+        before = seen(explorer)
+        assert before[0] in html and before[2] and all(f"<b>{number}</b>" in unescape(html) for number in before[2])
+        for control, keys in controls.items():
+            assert explorer.locator(f".tsv-control-{control}").is_visible(), control
+            focus(explorer, control).press(keys[0] if keys else "End")
+        page.wait_for_timeout(300)
+        assert seen(explorer) == before and explorer.locator(".tsv-notice").is_visible() # nobody answers, and the page says so
+        if folder := os.environ.get("TSV_NB_SHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            explorer.screenshot(path=Path(folder) / f"{Path(path).stem}-{i}-site.png")
+    page.close()
+    assert not errors, errors
+
+
+def test_without_npm_the_reason_is_told(tmp_path, monkeypatch):
+    from site_checks import install_html_manager
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match="npm is needed"): install_html_manager(tmp_path)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="not shown: x"): no_scripts("x")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="not shown: x"): no_scripts("x")
 
 
 DRAGS = [(0, "a", (10, 1.), (120, 1.3)), (0, "b", (50, 1.), (-35, .7)), (0, "b", (-35, .7), (-60, 1.6)), (0, "a", (120, 1.3), (90, .1)), # in the plane: vector, from, to: angle and length

@@ -21,10 +21,9 @@ from tsv_nb.explore.whitening_explorer import _directions, _flatten, gram_schmid
 from tsv_nb.explore.widgets import Explorer, Picture
 
 from explorer_steps import GOAL, expect_live
-from test_browser import PAGES
+from test_browser import PAGES, STATE, VIEW
 
 ROOT = Path(__file__).resolve().parent.parent
-VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
 
 
 # --- the frame -------------------------------------------------------------------------------------------------------------------------------
