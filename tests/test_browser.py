@@ -273,6 +273,9 @@ def test_a_page_of_the_site_shows_the_saved_explorers(chrome, scripts, path, tmp
     assert len(explorers) == len(stored) == len(PAGES[path])
     for i, (explorer, html, controls) in enumerate(zip(explorers, stored, PAGES[path])):
         expect_notice(explorer)
+        if folder := os.environ.get("TSV_NB_SHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            explorer.screenshot(path=Path(folder) / f"{Path(path).stem}-{i}-site.png")
         before = seen(explorer)
         assert before[0] in html and before[2] and all(f"<b>{number}</b>" in unescape(html) for number in before[2])
         for control, keys in controls.items():
@@ -280,9 +283,6 @@ def test_a_page_of_the_site_shows_the_saved_explorers(chrome, scripts, path, tmp
             focus(explorer, control).press(keys[0] if keys else "End")
         page.wait_for_timeout(300)
         assert seen(explorer) == before and explorer.locator(".tsv-notice").is_visible() # nobody answers, and the page says so
-        if folder := os.environ.get("TSV_NB_SHOTS"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            explorer.screenshot(path=Path(folder) / f"{Path(path).stem}-{i}-site.png")
     page.close()
     assert not errors, errors
 
