@@ -54,7 +54,7 @@ EXPLORERS = { # name -> (function of the tasks that makes it, control -> values)
     "interference": (make_interference, {"rank": [1, 2, 4, 16, 32, 56, 8], "layer": ["proj", "positional_embedding", "transformer.resblocks.1.attn.in_proj_weight", MLP], "task": ["mnist", "arrows", "math"], "other": ["georgian", "hebrew", "greek"]}),
     "playground": (make_playground, {"alpha": [0, .1, .2, .3, .4, .5, .6, .8, 1.2, 1.5, 2, 2.5], "task3": [True, False, True], "task1": [False, True], "method": ["isotropic", "ties", "task_arithmetic", "weight_average", "tsv"]}),
     "whitening, plane": (make_plane, {"angle_b": range(49, 19, -2), "length_b": [.9, .8, .7, 1.2], "angle_a": range(11, 41, 3), "length_a": [.9, .8, .7], "order": [(1, 0), (0, 1)]}),
-    "whitening, space": (make_space, {"elevation": range(39, 0, -3), "between": range(71, 100, 3), "azimuth": range(31, 60, 3), "view": range(-39, 0, 4), "order": [(1, 2, 0), (2, 1, 0)]}),
+    "whitening, space": (make_space, {"elevation_c": range(39, 0, -3), "azimuth_b": range(71, 100, 3), "azimuth_c": range(31, 60, 3), "elevation_a": range(3, 30, 3), "view": range(-39, 0, 4), "order": [(1, 2, 0), (2, 1, 0)]}),
 }
 
 

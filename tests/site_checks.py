@@ -260,6 +260,37 @@ def install_katex(cache, source=ROOT / "tools" / "katex"):
     return folder
 
 
+def install_html_manager(cache, source=ROOT / "tools" / "html-manager" / "packages.json"):
+    """The scripts that show saved widgets on a page, in the order in which they are loaded, from a folder of a cache named after the list of packages.
+
+    They are bundles, so only the packages themselves are fetched, not the hundred that they were built from. OSError says why there are none.
+    """
+    import base64
+    import hashlib
+    import tarfile
+
+    from filelock import FileLock
+    if not shutil.which("npm"): raise OSError("npm is needed to fetch the scripts that show saved widgets")
+    packages = json.loads(source.read_text())["packages"]
+    folder = Path(cache) / f"html-manager-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    scripts = [folder / p["script"] for p in packages]
+    with FileLock(folder / "lock"):
+        for p, script in zip(packages, scripts):
+            if script.exists(): continue
+            done = subprocess.run([shutil.which("npm"), "pack", "--json", f"{p['name']}@{p['version']}"], cwd=folder, capture_output=True, text=True, timeout=300)
+            if done.returncode: raise OSError(f"npm pack could not fetch {p['name']}: {done.stderr.strip()[-300:]}")
+            archive = folder / json.loads(done.stdout)[0]["filename"]
+            found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+            if found != p["integrity"]: raise ValueError(f"{archive.name} is not what tools/html-manager/packages.json names: {found}")
+            script.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(archive) as tar: part = tar.extractfile(f"package/{p['script']}").read()
+            script.with_suffix(".part").write_bytes(part)
+            script.with_suffix(".part").replace(script)
+            archive.unlink()
+    return scripts
+
+
 def check_equations(pages, katex):
     "What KaTeX's strict parser says, for all equations in one process; and dollars that are not mathematics for pandoc."
     found = all_equations(pages)

@@ -1,4 +1,4 @@
-"""The explorers as a reader meets them: JupyterLab in a browser, every control moved with the keyboard.
+"""The explorers as a reader meets them: JupyterLab in a browser, every control moved with the keyboard; and a page of the site, with the widgets that were saved.
 
 Needs a Chromium and the Python package `playwright` (which drives it; no browser of its own is downloaded). Without them the tests are skipped, but fail under CI,
 unless TSV_NB_NO_BROWSER is set. TSV_NB_SHOTS=FOLDER keeps screenshots of each explorer before and after every move; TSV_NB_CHROMIUM names another browser.
@@ -14,22 +14,25 @@ import subprocess
 import sys
 import time
 import urllib.request
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not (ROOT / "nbs").exists(), reason="needs the source tree")]
 
-# page -> explorers on it, in order -> control -> keys to press; each key must change the picture and the numbers
+# page -> explorers on it, in order -> all its controls -> keys to press; each key must change the picture and the numbers. No keys: a menu of one entry
 PAGES = {
     "explore/41_widgets.ipynb": [{"terms": ["ArrowRight", "ArrowRight", "PageUp"]}],
-    "explore/41a_rank.ipynb": [{"rank": ["ArrowRight", "ArrowLeft", "End", "Home"], "layer": ["Home"], "task": ["End"]}, {"rank": ["ArrowRight", "ArrowLeft"]}],
+    "explore/41a_rank.ipynb": [{"rank": ["ArrowRight", "ArrowLeft", "End", "Home"], "layer": ["Home"], "task": ["End"]}, {"rank": ["ArrowRight", "ArrowLeft"], "task": [], "layer": []}],
     "explore/41b_interference.ipynb": [{"rank": ["ArrowRight", "Home", "End"], "task": ["End"], "other": ["Home"], "layer": ["ArrowLeft", "Home"]}],
     "explore/41c_playground.ipynb": [{"alpha": ["ArrowRight", "PageUp"], "task0": ["Space", "Space"], "task1": ["Space"], "task2": ["Space"], "task3": ["Space"],
                                       "method": ["Home", "End"]}],
     "explore/41d_whitening.ipynb": [{"angle_b": ["ArrowLeft", "PageDown"], "length_b": ["ArrowRight"], "angle_a": ["ArrowRight"], "length_a": ["ArrowLeft"], "order": ["End"]},
-                                    {"between": ["ArrowRight"], "order": ["End"], "azimuth": ["ArrowRight"], "view": ["ArrowRight"], "elevation": ["ArrowLeft", "Home"]}],
+                                    {"order": ["End"], "view": ["ArrowRight"], "elevation_c": ["ArrowLeft", "PageDown"], "azimuth_c": ["ArrowRight"], "azimuth_b": ["ArrowRight", "PageUp"],
+                                     "elevation_b": ["ArrowRight"], "azimuth_a": ["ArrowLeft"], "elevation_a": ["ArrowRight", "PageUp"]}],
 }
 PART_ONE = [p.relative_to(ROOT / "nbs").as_posix() for p in sorted((ROOT / "nbs" / "method").glob("[0-9]*.ipynb"))] if os.environ.get("TSV_NB_PART_ONE") else []
 QUIET = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
@@ -45,6 +48,11 @@ def why_not():
     if os.environ.get("TSV_NB_NO_BROWSER"): return "TSV_NB_NO_BROWSER is set"
     if not importlib.util.find_spec("playwright"): return "needs the package playwright: pip install 'tsv-nb[dev]'"
     if not chromium(): return "needs a Chromium: none of chromium, chromium-browser, google-chrome is on the path; TSV_NB_CHROMIUM names another"
+
+
+def need_browser():
+    "Skip, or fail under CI, where there is none."
+    if reason := why_not(): (pytest.fail if os.environ.get("CI") and not os.environ.get("TSV_NB_NO_BROWSER") else pytest.skip)(reason)
 
 
 def test_missing_browser_is_an_error_under_ci(tmp_path):
@@ -64,7 +72,7 @@ def test_missing_browser_is_an_error_under_ci(tmp_path):
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     "The address of a JupyterLab with copies of the notebooks, no token, and folders of its own for all that it writes."
-    if reason := why_not(): (pytest.fail if os.environ.get("CI") and not os.environ.get("TSV_NB_NO_BROWSER") else pytest.skip)(reason)
+    need_browser()
     home = tmp_path_factory.mktemp("lab")
     (home / "benchmarks").symlink_to(ROOT / "benchmarks") # some pages show stored results
     copies = [home / "nbs" / trust / page for page in [*PAGES, *PART_ONE] for trust in ("", "trusted")]
@@ -101,7 +109,8 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def chrome(lab):
+def chrome():
+    need_browser()
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
@@ -220,13 +229,76 @@ def test_saved_widgets_say_that_nobody_answers(reader):
     for i, (explorer, controls) in enumerate(zip(reader.explorers(".jupyter-widgets"), PAGES[reader.source])):
         before = seen(explorer)
         reader.shot(explorer, f"{i}-saved-widget")
-        for control, keys in controls.items(): focus(explorer, control).press(keys[0])
+        for control, keys in controls.items(): focus(explorer, control).press(keys[0] if keys else "End")
         reader.page.wait_for_timeout(500)
         expect_notice(explorer)
         assert seen(explorer) == before
 
 
-DRAGS = [("a", (10, 1.), (120, 1.3)), ("b", (50, 1.), (-35, .7)), ("b", (-35, .7), (-60, 1.6)), ("a", (120, 1.3), (90, .1))] # vector, from, to: angle and length
+def no_scripts(why): (pytest.fail if os.environ.get("CI") else pytest.skip)(f"a page with saved widgets is not shown: {why}")
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    from platformdirs import user_cache_dir
+    from site_checks import install_html_manager
+    try: return install_html_manager(os.environ.get("TSV_NB_CACHE") or user_cache_dir("tsv-nb"))
+    except OSError as e: no_scripts(e)
+
+
+ESCAPED = "<\\/" # in JSON the same as "</", which would end the script
+
+
+def page_of_the_site(notebook, scripts):
+    "A notebook's saved widgets in HTML, as Quarto writes them: each view where its cell is, and the state at the end."
+    views = [o["data"][VIEW] for c in notebook["cells"] for o in c.get("outputs", []) if VIEW in o.get("data", {})]
+    def embedded(kind, data): return f'<script type="{kind}">{json.dumps(data).replace("</", ESCAPED)}</script>'
+    return "\n".join(['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Saved widgets</title>', *(f'<script src="{s.as_uri()}"></script>' for s in scripts), "</head><body>",
+                      *(f"<div>{embedded(VIEW, v)}</div>" for v in views), embedded(STATE, notebook["metadata"]["widgets"][STATE]), "</body></html>"])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: Path(p).stem)
+def test_a_page_of_the_site_shows_the_saved_explorers(chrome, scripts, path, tmp_path):
+    "Picture, numbers, all controls, and the notice: without Python, without a network, and without an error."
+    notebook = json.loads((ROOT / "nbs" / path).read_text(encoding="utf-8"))
+    (tmp_path / "page.html").write_text(page_of_the_site(notebook, scripts), encoding="utf-8")
+    stored = ["".join(o["data"]["text/html"]) for c in notebook["cells"] for o in c.get("outputs", []) if VIEW in o.get("data", {})]
+    page, errors = chrome.new_page(viewport=dict(width=1000, height=1000)), []
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: errors.append(str(e)))
+    page.on("request", lambda r: errors.append(f"asked for {r.url}") if not r.url.startswith(("file:", "data:")) else None)
+    page.goto((tmp_path / "page.html").as_uri())
+    page.locator(".jupyter-widgets.tsv-explorer").nth(len(PAGES[path]) - 1).wait_for(timeout=20_000)
+    explorers = page.locator(".jupyter-widgets.tsv-explorer").all()
+    assert len(explorers) == len(stored) == len(PAGES[path])
+    for i, (explorer, html, controls) in enumerate(zip(explorers, stored, PAGES[path])):
+        expect_notice(explorer)
+        if folder := os.environ.get("TSV_NB_SHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            explorer.screenshot(path=Path(folder) / f"{Path(path).stem}-{i}-site.png")
+        before = seen(explorer)
+        assert before[0] in html and before[2] and all(f"<b>{number}</b>" in unescape(html) for number in before[2])
+        for control, keys in controls.items():
+            assert explorer.locator(f".tsv-control-{control}").is_visible(), control
+            focus(explorer, control).press(keys[0] if keys else "End")
+        page.wait_for_timeout(300)
+        assert seen(explorer) == before and explorer.locator(".tsv-notice").is_visible() # nobody answers, and the page says so
+    page.close()
+    assert not errors, errors
+
+
+def test_without_npm_the_reason_is_told(tmp_path, monkeypatch):
+    from site_checks import install_html_manager
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match="npm is needed"): install_html_manager(tmp_path)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="not shown: x"): no_scripts("x")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="not shown: x"): no_scripts("x")
+
+
+DRAGS = [(0, "a", (10, 1.), (120, 1.3)), (0, "b", (50, 1.), (-35, .7)), (0, "b", (-35, .7), (-60, 1.6)), (0, "a", (120, 1.3), (90, .1)), # in the plane: vector, from, to: angle and length
+         (1, "c", (30, 40), (-60, 20)), (1, "b", (70, 0), (110, 30))] # in space: azimuth and elevation, of a near and of a far vector
 BURST = """([o, x, y, u, v]) => { // forty moves at once, and the pictures they cause
     const picture = o.querySelector('img.tsv-picture').parentElement;
     window.pictures = 0; window.watch?.disconnect(); window.watch = new MutationObserver(() => window.pictures++); window.watch.observe(picture, {childList: true});
@@ -237,20 +309,21 @@ BURST = """([o, x, y, u, v]) => { // forty moves at once, and the pictures they 
 def test_vectors_are_dragged_with_the_mouse(reader):
     pytest.importorskip("anywidget")
     from test_explorers import in_picture
-    from tsv_nb.explore.whitening_explorer import whitening_plane
-    here, seconds = whitening_plane(), []
+    from tsv_nb.explore.whitening_explorer import whitening_plane, whitening_space
+    ours, seconds = (whitening_plane(), whitening_space()), []
     reader.run_all()
-    explorer = reader.explorers(".jupyter-widgets")[0]
-    reader.page.wait_for_function("o => o.querySelector('.tsv-hint').innerText.includes('with the mouse')", arg=explorer.element_handle(), timeout=10_000)
-    image = explorer.locator("img.tsv-picture")
-    for i, (name, start, end) in enumerate(DRAGS):
+    theirs = reader.explorers(".jupyter-widgets")
+    for explorer in theirs: reader.page.wait_for_function("o => o.querySelector('.tsv-hint').innerText.includes('with the mouse')", arg=explorer.element_handle(), timeout=10_000)
+    for i, (which, name, start, end) in enumerate(DRAGS):
+        here, explorer = ours[which], theirs[which]
+        image, sliders = explorer.locator("img.tsv-picture"), [f"{what}_{name}" for what in here.mouse.sliders]
         reader.page.set_viewport_size(dict(width=1280 if i < 2 else 900, height=1000)) # in the second the picture is scaled
         image.scroll_into_view_if_needed()
         reader.idle()
         box, old = image.bounding_box(), seen(explorer)
         assert (box["width"] < 800) == (i >= 2), box
-        def at(angle, length): return [box[o] + box[size] * f for o, size, f in zip("xy", ("width", "height"), in_picture(here, angle, length))]
-        (x, y), (u, v) = at(*start), at(*end)
+        def at(values): return [box[o] + box[size] * f for o, size, f in zip("xy", ("width", "height"), in_picture(here, *values))]
+        (x, y), (u, v) = at(start), at(end)
         reader.shot(explorer, f"drag{i}-before")
         reader.page.mouse.move(x + 6, y - 4) # near the tip
         reader.page.mouse.down()
@@ -265,20 +338,20 @@ def test_vectors_are_dragged_with_the_mouse(reader):
         reader.page.mouse.move(u, v)
         reader.page.mouse.up()
         shown = "([o, want]) => want.every(([name, value]) => Number(o.querySelector(`.tsv-control-${name} .widget-readout`).innerText.replace('−', '-')) === value)"
-        with contextlib.suppress(reader.timeout): reader.page.wait_for_function(shown, arg=[explorer.element_handle(), [[f"angle_{name}", end[0]], [f"length_{name}", end[1]]]], timeout=10_000)
-        assert [float(explorer.locator(f".tsv-control-{o}_{name} .widget-readout").inner_text().replace("−", "-")) for o in ("angle", "length")] == list(end)
+        with contextlib.suppress(reader.timeout): reader.page.wait_for_function(shown, arg=[explorer.element_handle(), [*map(list, zip(sliders, end))]], timeout=10_000)
+        assert [float(explorer.locator(f".tsv-control-{o} .widget-readout").inner_text().replace("−", "-")) for o in sliders] == list(end)
         reader.idle()
         new = seen(explorer)
         reader.shot(explorer, f"drag{i}-after")
         reader.page.mouse.move(x, y) # let go: nothing follows any more
         reader.page.wait_for_timeout(300)
         assert seen(explorer) == new and all(a != b for a, b in zip(old, new))
-        here.move(**{f"angle_{name}": end[0], f"length_{name}": end[1]})
+        here.move(**dict(zip(sliders, end)))
         assert 1 <= reader.page.evaluate("window.pictures") <= 3 # one that was being answered, and the last
         assert new[2] == tuple(here.text.values()) # what the same sliders give here
         assert not explorer.locator(".widget-html[style*=grabbing]").count()
     print(f"a drag step: median {1000 * statistics.median(seconds):.0f} ms, longest {1000 * max(seconds):.0f} ms")
-    assert not explorer.locator(".tsv-error").count() and not reader.errors, reader.errors
+    assert not reader.page.locator(".tsv-error").count() and not reader.errors, reader.errors
     assert statistics.median(seconds) < 1.5, seconds
 
 

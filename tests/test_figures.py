@@ -1,5 +1,6 @@
 """Every figure of the book: one style, colors that keep their meaning, labels, and letters that can be read at column width."""
 import base64
+import contextlib
 import functools
 import json
 import re
@@ -137,3 +138,112 @@ def test_library_figures_use_the_color_of_the_method():
     ('plt.plot(x)', lambda c: smallest_letters(c, 750) < SMALLEST, False),
 ])
 def test_the_checks_see_a_fault(code, check, found): assert check(code) == found
+
+
+# --- explorers, whose pictures are not figures of a notebook ---------------------------------------------------------------------------------
+
+def own_colors(code):
+    "Colors written into an explorer's source: grays are free, unless they are a method's; all other colors have names, PALETTE or method_color. CSS is left out."
+    found = re.findall(r"#[0-9A-Fa-f]{6}\b", re.sub(r"<style>.*?</style>", "", code, flags=re.S))
+    methods = {c.upper() for c in METHOD_COLORS.values()}
+    return {c for c in found if c.upper() in methods or len({c[1:3].upper(), c[3:5].upper(), c[5:].upper()}) > 1} | set(re.findall(r"\btab:\w+", code))
+
+
+def axis_is_named(axis):
+    "A label, no ticks at all, or ticks that are words."
+    return bool(axis.get_label().get_text()) or not len(axis.get_majorticklocs()) or all(re.search("[a-z]", t.get_text()) for t in axis.get_ticklabels())
+
+
+@contextlib.contextmanager
+def all_axes(explorer):
+    "The axes of an explorer's picture, with the marks of its present step on them."
+    from tsv_nb.explore.widgets import _flat
+    moving = list(_flat(explorer.picture.marks(explorer.picture.axes, explorer.result)))
+    yield explorer.picture.canvas.figure.axes
+    for artist in moving: artist.remove()
+
+
+def unnamed(axes):
+    "What is not named of the axes of a picture. Text above the axes is a title, too."
+    wrong = []
+    for i, ax in enumerate(axes):
+        above = [t for t in ax.texts if t.get_transform() == ax.transAxes and t.get_position()[1] >= 1]
+        if not (ax.get_title() or ax.get_title(loc="left") or above): wrong.append((i, "title"))
+        if ax.axison: wrong += [(i, name) for name, axis in (("x axis", ax.xaxis), ("y axis", ax.yaxis)) if not axis_is_named(axis)]
+    return wrong
+
+
+def cut_off(axes):
+    "Words that do not fit into the picture."
+    page = axes[0].figure.bbox
+    boxes = {t.get_text(): t.get_window_extent() for ax in axes for t in ax.findobj(plt.Text) if t.get_text() and t.get_visible() and ax.axison}
+    return [text for text, b in boxes.items() if b.x0 < -1 or b.y0 < -1 or b.x1 > page.x1 + 1 or b.y1 > page.y1 + 1]
+
+
+def smallest_points(axes): return min(t.get_fontsize() for ax in axes for t in ax.findobj(plt.Text) if t.get_text())
+
+
+@pytest.fixture(scope="module")
+def explorers():
+    "One of each, on small task vectors."
+    pytest.importorskip("ipywidgets")
+    import torch
+    from conftest import make_vectors
+    from tsv_nb.explore.interference_explorer import interference_explorer
+    from tsv_nb.explore.playground import merge_playground
+    from tsv_nb.explore.rank_explorer import rank_explorer
+    from tsv_nb.explore.whitening_explorer import whitening_plane, whitening_space
+    vectors = make_vectors(torch.Generator().manual_seed(0), shapes={"blocks.0.w": (20, 12), "blocks.1.w": (12, 30)})
+    curves = {t: {1: .5, 8: .8, 12: .9} for t in vectors}
+    return dict(rank=rank_explorer(vectors, curves), error=rank_explorer(vectors), interference=interference_explorer(vectors), playground=merge_playground(), plane=whitening_plane(), space=whitening_space())
+
+
+def test_explorers_have_no_colors_of_their_own():
+    bad = {p.name: own_colors(p.read_text(encoding="utf-8")) for p in (ROOT / "tsv_nb" / "explore").glob("*.py") if p.name != "plots.py"}
+    assert len(bad) > 8 and not any(bad.values()), bad
+
+
+def test_explorers_have_titles_labels_and_legible_letters(explorers):
+    from tsv_nb.explore.widgets import _STYLE
+    for name, e in explorers.items():
+        with all_axes(e) as axes:
+            assert not unnamed(axes) and not cut_off(axes), (name, unnamed(axes), cut_off(axes))
+            assert smallest_points(axes) * _STYLE["figure.dpi"] / 72 * min(1, COLUMN / e.picture.pixels[0]) >= SMALLEST, name
+
+
+def test_explorers_draw_in_the_style_of_the_book(explorers):
+    from matplotlib.figure import Figure
+    from tsv_nb.explore.widgets import _STYLE, Picture
+    assert {k for k in {*STYLE, *_STYLE} if STYLE.get(k) != _STYLE.get(k)} == {"figure.dpi", "figure.constrained_layout.use"}
+    for name, e in explorers.items():
+        sizes = {ax.title.get_fontsize() for ax in e.picture.canvas.figure.axes}
+        assert sizes == {STYLE["axes.titlesize"]}, name
+    colors = []
+    p = Picture(lambda figure, r: figure.subplots(), lambda ax, r: [colors.append(line.get_color()) or line for line in ax.plot([0, 1], [0, 1]) + ax.plot([0, 1], [1, 0])], (2., 2.))
+    with plt.rc_context({"axes.prop_cycle": plt.cycler(color=["#123456"])}): p.png(0), p.png(1) # whatever the notebook has set
+    assert colors == list(PALETTE[:2]) * 2
+
+
+def test_methods_keep_their_colors_in_explorers(explorers):
+    from tsv_nb.methods import MERGE_METHODS
+    look, e = lambda color: plt.matplotlib.colors.to_hex(color).upper(), explorers["playground"]
+    methods = e.result.table.methods
+    for m in methods:
+        e.move(method=m, alpha=1.)
+        title, (bars, curve, costs) = MERGE_METHODS[m].title, (e.picture.axes[o] for o in ("bars", "curve", "costs"))
+        with all_axes(e):
+            ours, theirs = ({look(b.get_facecolor()) for b in o} for o in bars.containers[-2:])
+            assert ours == {look(b.get_facecolor()) for b in costs.patches} == {METHOD_COLORS[title]} and theirs == {METHOD_COLORS["Task Arithmetic"]}
+            assert [look(o.get_color()) for o in bars.collections] == [METHOD_COLORS["fine-tuned"], METHOD_COLORS["zero-shot"]]
+            assert [look(line.get_color()) for line in curve.lines[:-1]] == [METHOD_COLORS[MERGE_METHODS[o].title] for o in methods]
+            words = {t.get_text().removeprefix("— "): look(t.get_color()) for ax in (bars, curve) for t in ax.texts}
+            for name in ("fine-tuned", "zero-shot", *(MERGE_METHODS[o].title for o in methods)): assert words[name] == METHOD_COLORS[name], name
+            assert words[title if m == "weight_average" else f"{title} at 1"] == METHOD_COLORS[title]
+    r = explorers["rank"]
+    with all_axes(r) as axes: assert {look(o.get_color()) for o in axes[1].lines if len(o.get_xdata()) == len(r.result.curve)} == {METHOD_COLORS["TSV-C"]}
+
+
+@pytest.mark.parametrize("code, found", [
+    ('color="#888888"', set()), ('("zero-shot", "#999999")', {"#999999"}), ('color="#0072b2"', {"#0072b2"}), ('"#000000"', {"#000000"}), ("<style>a {color: #b35900}</style>", set()), ('c="tab:red"', {"tab:red"}),
+])
+def test_colors_in_sources_of_explorers_are_seen(code, found): assert own_colors(code) == found

@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..checks import check_option, check_rank
+from .plots import PALETTE, STYLE
 from .widgets import Explorer, Picture, need
 from ..interference import NORMS, layer_factors, singular_task_interference, stack_factors
 from ..low_rank import Factors
@@ -166,25 +167,30 @@ def _scene(figure: Figure, c: Collision) -> dict[str, Axes]:
         axes[side].set(xlim=(.85, 1.15 * K), ylim=(93, -3), yticks=range(0, 91, 30), xlabel=f"principal angle of the {vectors} singular vectors (number)", ylabel="angle (degrees)")
         axes[side].set_xticks(list(c.atlas.scores), [str(k) for k in c.atlas.scores])
         axes[side].minorticks_off()
-        for y, text, color in ((.93, "these two tasks", "#0072B2"), (.81, "random subspaces", "#777777")): axes[side].text(.99, y, text, transform=axes[side].transAxes, ha="right", va="center", fontsize=8, color=color)
+        for y, text, color in ((.93, "these two tasks", PALETTE[0]), (.81, "random subspaces", "#777777")): axes[side].text(.99, y, text, transform=axes[side].transAxes, ha="right", va="center", fontsize=8, color=color)
     return axes
 
 # %% ../../nbs/explore/41b_interference.ipynb #c8fff84c
+def _title(ax: Axes, text: str) -> Artist:
+    "A title that changes with the step: a mark like the others."
+    return ax.text(0, 1.05, text, transform=ax.transAxes, fontsize=STYLE["axes.titlesize"])
+
+
 def _heat(ax: Axes, scores: Tensor, top: float, cell: tuple[int, int], title: str) -> list[Artist]:
     "A map of scores (rows, columns) with a frame around one cell."
     scores, colors = scores.masked_fill(scores == 0, math.nan), colormaps["magma_r"].with_extremes(bad="#dddddd")
-    frames = [Rectangle((cell[1] - .5, cell[0] - .5), 1, 1, fill=False, lw=w, ec=color, zorder=3, clip_on=False) for w, color in ((4, "w"), (2, "#0072B2"))]
+    frames = [Rectangle((cell[1] - .5, cell[0] - .5), 1, 1, fill=False, lw=w, ec=color, zorder=3, clip_on=False) for w, color in ((4, "w"), (2, PALETTE[0]))]
     for f in frames: ax.add_patch(f)
-    return [ax.imshow(scores.numpy(), cmap=colors, vmin=0, vmax=top, aspect="auto", interpolation="nearest"), *frames, ax.text(0, 1.04, title, transform=ax.transAxes, fontsize=9)]
+    return [ax.imshow(scores.numpy(), cmap=colors, vmin=0, vmax=top, aspect="auto", interpolation="nearest"), *frames, _title(ax, title)]
 
 
 def _angles(ax: Axes, c: Collision, side: str) -> list[Artist]:
     "The angles of the pair in front of the range of random ones."
     a, n = c.angles[side], range(1, len(c.angles[side]) + 1)
-    if not len(a): return [ax.text(0, 1.04, f"{side} side: no direction in one of the tasks", transform=ax.transAxes, fontsize=9)]
+    if not len(a): return [_title(ax, f"{side} side: no direction in one of the tasks")]
     low, high = c.chance[side].amin(0), c.chance[side].amax(0)
-    text = f"{side} side: {shared_directions(a):.1f} of {len(a)} directions shared, {c.expected[side]:.1f} by chance"
-    return [ax.fill_between(n, low.numpy(), high.numpy(), color="#bbbbbb", lw=3), ax.plot(n, a.numpy(), "o-", ms=3.5, lw=1.4, color="#0072B2"), ax.text(0, 1.05, text, transform=ax.transAxes, fontsize=8.5)]
+    text = f"{side} side: {shared_directions(a):.1f} of {len(a)} shared, {c.expected[side]:.1f} by chance"
+    return [ax.fill_between(n, low.numpy(), high.numpy(), color="#bbbbbb", lw=3), ax.plot(n, a.numpy(), "o-", ms=3.5, lw=1.4, color=PALETTE[0]), _title(ax, text)]
 
 
 def _marks(axes: dict[str, Axes], c: Collision) -> list:

@@ -93,11 +93,13 @@ _MOUSE = """export default { initialize({ model }) {
 class Mouse:
     "Lets the mouse take an explorer's vectors by their tips."
     def __init__(self,
-        explorer: Explorer, # with sliders angle_NAME (degrees) and length_NAME, and a picture whose first axes are the plane
-        tips: Callable[[object], np.ndarray], # the explorer's result -> (2, K) vectors as columns
-        names: str, # a letter for each
+        explorer: Explorer, # with two sliders for each vector, the first of them an angle in degrees, and a picture whose first axes show the vectors
+        tips: Callable[[object], np.ndarray], # the explorer's result -> (2, K) tips in these axes, as columns
+        names: str, # a letter for each vector
+        sliders: tuple[str, str] = ("angle", "length"), # the sliders are called angle_a, length_a, angle_b, …
+        values: Callable[[object, int, tuple], tuple[float, float]] = lambda result, held, place: place, # result, vector, place as from `at_pixel` -> values of its sliders
     ):
-        self.explorer, self.tips, self.names, self.held, self.ears = explorer, tips, names, None, None
+        self.explorer, self.tips, self.names, self.sliders, self.values, self.held, self.ears = explorer, tips, names, sliders, values, None, None
         self.hint = W.HTML("Move the vectors with the sliders" + ("." if anywidget else "; for the mouse: <code>pip install 'tsv-nb[widgets]'</code> brings anywidget."))
         self.hint.add_class("tsv-hint")
         explorer.children = (*explorer.children[:3], self.hint, *explorer.children[3:])
@@ -142,7 +144,7 @@ def drag(self: Mouse,
     place = at_pixel(e.picture.canvas.figure.axes[0], (x * width, y * height), what != "press")
     if what == "press": self.held = nearest_tip(self.tips(e.result), place) if place else None
     elif self.held is not None:
-        sliders = [f"{part}_{self.names[self.held]}" for part in ("angle", "length")]
+        sliders, wanted = [f"{part}_{self.names[self.held]}" for part in self.sliders], self.values(e.result, self.held, place)
         if what == "release": self.held = None
         stops = [(s.min, s.max, s.step) for s in map(e.controls.get, sliders)]
-        e.move(**{name: nearest_stop(v, *o, p) for name, v, o, p in zip(sliders, place, stops, (360, None))})
+        e.move(**{name: nearest_stop(v, *o, p) for name, v, o, p in zip(sliders, wanted, stops, (360, None))})

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .merge_table import MergeTable, live_table, load_table
-from .plots import method_color
+from .plots import PALETTE, method_color
 from .widgets import Explorer, Picture, need
 from ..methods import MERGE_METHODS
 from ..vision.evaluate import World
@@ -106,7 +106,7 @@ def _scene(figure: Figure, s: Step) -> dict[str, Axes]:
     axes["costs"].set_yticks(range(len(tasks)), tasks)
     axes["costs"].axvline(0, color="k", lw=.8)
     for i, m in enumerate(s.table.methods): axes["curve"].text(1.03, .93 - .12 * i, title := MERGE_METHODS[m].title, transform=axes["curve"].transAxes, va="center", fontsize=8.5, color=method_color(title))
-    for x, text, color in ((.74, "fine-tuned", "#000000"), (.875, "zero-shot", "#888888")): axes["bars"].text(x, 1.06, f"— {text}", transform=axes["bars"].transAxes, color=color, weight="bold")
+    for x, text in ((.74, "fine-tuned"), (.875, "zero-shot")): axes["bars"].text(x, 1.06, f"— {text}", transform=axes["bars"].transAxes, color=method_color(text), weight="bold")
     return axes
 
 # %% ../../nbs/explore/41c_playground.ipynb #0d2d9756
@@ -117,7 +117,7 @@ def _bars(ax: Axes, s: Step) -> list[Artist]:
     ours, theirs = _percent(s.method, s.alpha), _percent("task_arithmetic", s.best)
     color, pale = method_color(MERGE_METHODS[s.method].title), method_color("Task Arithmetic")
     marks = [ax.bar([i - .2 for i in at], ours, .36, color=color), ax.bar([i + .2 for i in at], theirs, .36, color=pale, alpha=.4)]
-    for name, look in (("finetuned", "#000000"), ("zero_shot", "#888888")): marks.append(ax.hlines(_percent(name), [i - .42 for i in at], [i + .42 for i in at], color=look, lw=1.6))
+    for key, name in (("finetuned", "fine-tuned"), ("zero_shot", "zero-shot")): marks.append(ax.hlines(_percent(key), [i - .42 for i in at], [i + .42 for i in at], color=method_color(name), lw=1.6))
     return marks + [ax.text(i + dx, 3 if a > 13 else a + 2, f"{a:.0f}", ha="center", color=c if a > 13 else "k", weight="bold") for i, *accs in zip(at, ours, theirs) for a, dx, c in zip(accs, (-.2, .2), "wk")]
 
 
@@ -144,7 +144,7 @@ def _costs(ax: Axes, s: Step) -> list[Artist]:
 def _marks(axes: dict[str, Axes], s: Step) -> list:
     "All that depends on the controls."
     ax = axes["bars"]
-    missing = [ax.text(i, 5, "not merged", ha="center", fontsize=8, color="#888888") for i, t in enumerate(s.table.tasks) if t not in s.tasks]
+    missing = [ax.text(i, 5, "not merged", ha="center", fontsize=8, color=PALETTE[-1]) for i, t in enumerate(s.table.tasks) if t not in s.tasks]
     if not s.tasks: return [*missing, ax.text(0, 1.05, "Choose at least one task.", transform=ax.transAxes)]
     title = MERGE_METHODS[s.method].title
     words = [(0, f"{title}{_at(s)}", method_color(title)), (.31, f"Task Arithmetic at its best scale, {s.best:g}", method_color("Task Arithmetic"))]

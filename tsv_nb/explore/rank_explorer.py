@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_option, check_vector
 from ..compress import CompressedTaskVector
-from .plots import method_color
+from .plots import PALETTE, method_color
 from .widgets import Explorer, Picture, need
 from ..low_rank import Factors, numerical_rank, reconstruct, truncated_svd
 from ..task_vectors import at_least_float32, is_matrix
@@ -137,7 +137,7 @@ def _scene(limit: int, measured: bool) -> Callable[[Figure, RankReport], list]:
 def _marks(axes: list, r: RankReport) -> Iterable[Artist]:
     "What moves: the spectrum with its kept part, the curve with this rank, and both maps."
     spectrum, curve, before, after = axes
-    blue, green, gray = "#0072B2", method_color("TSV-C"), "#999999"
+    blue, green, gray = PALETTE[0], method_color("TSV-C"), PALETTE[-1]
     S, x = (r.S / r.S[0]).numpy() if len(r.S) else np.zeros(1), np.arange(1, max(2, len(r.S) + 1))
     yield spectrum.plot(x, S, color=gray)
     yield spectrum.fill_between(x[:r.rank], S[:r.rank], color=blue, alpha=.35, lw=0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plane_vectors', 'space_vectors', 'gram_schmidt', 'Whitened', 'whitened', 'whitening_numbers', 'whitening_plane',
-           'whitening_space']
+           'space_place', 'whitening_space']
 
 # %% ../../nbs/explore/41d_whitening.ipynb #471d53c2
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .mouse import Mouse
+from .plots import PALETTE
 from .widgets import Explorer, Picture, need
 from ..polar import orthogonalize
 
@@ -34,14 +35,12 @@ def plane_vectors(
 
 
 def space_vectors(
-    between: float, # angle between a and b, which lie on the floor, in degrees
-    azimuth: float, # of c, in degrees
-    elevation: float, # of c above the floor, in degrees
-) -> Tensor: # (3, 3) float64, columns a, b, c of length 1
-    "Three vectors in space: two on the floor, one above it."
-    flat, (u, e) = plane_vectors([0, between, azimuth], [1, 1, 1]), torch.deg2rad(torch.tensor([azimuth, elevation], dtype=torch.float64))
-    flat[:, 2] *= e.cos()
-    return torch.cat([flat, torch.stack([0 * u, 0 * u, e.sin()])[None]])
+    azimuths: Sequence[float], # of each vector, around the vertical, in degrees
+    elevations: Sequence[float], # of each vector above the floor, in degrees; negative below it
+) -> Tensor: # (3, K) float64, one column of length 1 per vector
+    "Vectors in space."
+    a, e = torch.deg2rad(torch.tensor([list(azimuths), list(elevations)], dtype=torch.float64))
+    return torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()])
 
 # %% ../../nbs/explore/41d_whitening.ipynb #b8e2e8f0
 def gram_schmidt(
@@ -85,23 +84,23 @@ def whitened(
     return Whitened(X, polar, gram_schmidt(X, order), torch.linalg.svdvals(X), kept, shaken, ((shaken - polar).norm() / errors.norm()).item())
 
 # %% ../../nbs/explore/41d_whitening.ipynb #0fb9b93a
-_COLORS = ("#0072B2", "#D55E00", "#009E73") # of a, b, c
+def _directions(view: float) -> np.ndarray: # (3, 3), one direction per row
+    "To the right, up and towards the reader, who looks from `view` degrees, 25 degrees above the floor."
+    v, e = np.deg2rad(view), np.deg2rad(25)
+    return np.array([[-np.sin(v), np.cos(v), 0], [-np.sin(e) * np.cos(v), -np.sin(e) * np.sin(v), np.cos(e)], [np.cos(e) * np.cos(v), np.cos(e) * np.sin(v), np.sin(e)]])
 
 
 def _flatten(P: Tensor, view: float) -> np.ndarray:
-    "Columns of P (..., d, K) on the picture's plane (..., 2, K); from space seen from `view` degrees, 25 degrees above the floor."
-    if P.shape[-2] == 2: return P.numpy()
-    v, e = np.deg2rad(view), np.deg2rad(25)
-    R = np.array([[-np.sin(v), np.cos(v), 0], [-np.sin(e) * np.cos(v), -np.sin(e) * np.sin(v), np.cos(e)]])
-    return R @ P.numpy()
+    "Columns of P (..., d, K) on the picture's plane (..., 2, K)."
+    return P.numpy() if P.shape[-2] == 2 else _directions(view)[:2] @ P.numpy()
 
 # %% ../../nbs/explore/41d_whitening.ipynb #e171e34f
 def _scene(figure: Figure, result: tuple) -> list:
     "Axes for the vectors, both Gram matrices and the singular values; a unit circle (in space: the floor)."
     K, space = result[0].X.shape[1], result[0].X.shape[0] == 3
-    main, before, after, bars = (figure.add_axes(o) for o in ([.01, .03, .43, .88], [.49, .36, .2, .5], [.73, .36, .2, .5], [.53, .13, .36, .16]))
+    main, before, after, bars = (figure.add_axes(o) for o in ([.01, .03, .43, .88], [.49, .42, .2, .46], [.73, .42, .2, .46], [.53, .13, .36, .16]))
     t = np.linspace(0, 2 * np.pi, 200)
-    main.plot(np.cos(t), np.sin(t) * (np.sin(np.deg2rad(25)) if space else 1), color="#999999", lw=.8, ls=":")
+    main.plot(np.cos(t), np.sin(t) * (np.sin(np.deg2rad(25)) if space else 1), color=PALETTE[-1], lw=.8, ls=":")
     reach = 1.35 if space else 1.75
     main.set(xlim=(-1.1 * reach, 1.1 * reach), ylim=(-reach, reach), aspect="equal", title="Vectors and their nearest orthonormal ones")
     main.axis("off")
@@ -109,7 +108,7 @@ def _scene(figure: Figure, result: tuple) -> list:
     main.legend(loc="lower left", frameon=False, ncols=3, columnspacing=1., handlelength=1.6)
     for ax, title in ((before, "Gram matrix as given"), (after, "whitened")):
         ax.set(title=title, xticks=range(K), yticks=range(K), xticklabels="abc"[:K], yticklabels="abc"[:K], xlim=(-.5, K - .5), ylim=(K - .5, -.5), aspect="equal")
-    bars.set(xlim=(0, 2.6), ylim=(-.6, K - .4), yticks=range(K), yticklabels=[f"$\\sigma_{i + 1}$" for i in range(K)], xlabel="singular value (dotted: 1, where whitening puts it)")
+    bars.set(xlim=(0, 2.6), ylim=(-.6, K - .4), yticks=range(K), yticklabels=[f"$\\sigma_{i + 1}$" for i in range(K)], xlabel="size (dotted: 1, where whitening puts it)", title="Singular values")
     bars.axvline(1, color="#444444", lw=.8, ls=":")
     bars.invert_yaxis()
     return [main, before, after, bars]
@@ -121,7 +120,7 @@ def _marks(axes: list, result: tuple) -> Iterable[Artist]:
     main, before, after, bars = axes
     given, polar, rival, shaken = (_flatten(o, view) for o in (w.X, w.polar, w.rival, w.shaken))
     floor = _flatten(w.polar * torch.tensor([[1.], [1.], [0.]]), view) if len(w.X) == 3 else polar
-    for i, color in enumerate(_COLORS[:given.shape[1]]):
+    for i, color in enumerate(PALETTE[:given.shape[1]]):
         yield main.plot(*shaken[..., i].T, "o", ms=2.5, color=color, alpha=.25, mew=0)
         yield main.plot([polar[0, i], floor[0, i]], [polar[1, i], floor[1, i]], ":", lw=.8, color=color)
         yield main.plot([0, rival[0, i]], [0, rival[1, i]], "--", lw=1.4, color=color)
@@ -132,7 +131,7 @@ def _marks(axes: list, result: tuple) -> Iterable[Artist]:
         G = (Y.T @ Y).numpy()
         yield ax.imshow(G, cmap="RdBu_r", vmin=-1.5, vmax=1.5)
         for i, j in np.ndindex(*G.shape): yield ax.text(j, i, f"{round(G[i, j], 2) + 0.:.2f}", ha="center", va="center", color="w" if abs(G[i, j]) > .95 else "k")
-    yield bars.barh(range(len(w.S)), w.S.numpy(), color="#0072B2", height=.7)
+    yield bars.barh(range(len(w.S)), w.S.numpy(), color=PALETTE[0], height=.7)
 
 # %% ../../nbs/explore/41d_whitening.ipynb #28b61e2a
 def whitening_numbers(
@@ -159,12 +158,28 @@ def whitening_plane() -> Explorer:
     plane.mouse = Mouse(plane, lambda result: result[0].X.numpy(), "ab")
     return plane
 
+# %% ../../nbs/explore/41d_whitening.ipynb #4a28e746
+def space_place(
+    result: tuple[Whitened, float], # what the explorer computes: the vectors, and the angle of view (degrees)
+    held: int, # column of the vector that is dragged
+    place: tuple[float, float], # angle and length in the picture's plane
+) -> tuple[float, float]: # azimuth and elevation in degrees
+    "The vector of length 1 whose tip is at a place of the picture, on the side, near or far, where the held one is."
+    (w, view), (angle, length) = result, place
+    D, t, r = _directions(view), np.deg2rad(angle), min(length, .999) # not quite the rim, where near and far meet
+    side = 1 if D[2] @ w.X[:, held].numpy() >= 0 else -1
+    x, y, z = (r * np.cos(t), r * np.sin(t), side * np.sqrt(1 - r * r)) @ D
+    return float(np.rad2deg(np.arctan2(y, x))), float(np.rad2deg(np.arcsin(z)))
+
 # %% ../../nbs/explore/41d_whitening.ipynb #a743d21d
 def whitening_space() -> Explorer:
-    "Three vectors in space: two on the floor, the third above it."
-    slider = lambda value, low, high, name: W.IntSlider(value, low, high, description=f"{name} (°)")
-    controls = dict(between=slider(70, 0, 180, "a to b"), azimuth=slider(30, -90, 180, "c around"), elevation=slider(40, 0, 90, "c above"), view=slider(-40, -180, 180, "view"),
-                    order=W.Dropdown(options=[("a, b, c", (0, 1, 2)), ("b, c, a", (1, 2, 0)), ("c, b, a", (2, 1, 0))], description="GS order"))
-    compute = lambda between, azimuth, elevation, view, order: (whitened(space_vectors(between, azimuth, elevation), order), float(view))
-    return Explorer("Whitening three vectors in space", controls, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
-                    "Three arrows in space, the orthonormal triple nearest to them, Gram–Schmidt's triple, their Gram matrices and singular values.")
+    "Three vectors of length 1 in space, moved by the mouse, or by their azimuths and elevations."
+    slider = lambda value, end, name: W.IntSlider(value, -end, end, description=f"{name} (°)", layout=W.Layout(width="285px")) # three in a row
+    around = {f"azimuth_{name}": slider(value, 180, f"{name} around") for name, value in dict(a=0, b=70, c=30).items()}
+    above = {f"elevation_{name}": slider(value, 90, f"{name} above") for name, value in dict(a=0, b=0, c=40).items()}
+    order = W.Dropdown(options=[("a, b, c", (0, 1, 2)), ("b, c, a", (1, 2, 0)), ("c, b, a", (2, 1, 0))], description="GS order", layout=W.Layout(width="285px"))
+    compute = lambda view, order, **o: (whitened(space_vectors([o[n] for n in around], [o[n] for n in above]), order), float(view))
+    space = Explorer("Whitening three vectors in space", {**around, **above, "view": slider(-40, 180, "view"), "order": order}, compute, Picture(_scene, _marks, (8., 3.8)), whitening_numbers,
+                     "Three arrows in space, the orthonormal triple nearest to them, Gram–Schmidt's triple, their Gram matrices and singular values.")
+    space.mouse = Mouse(space, lambda result: _flatten(result[0].X, result[1]), "abc", ("azimuth", "elevation"), space_place)
+    return space

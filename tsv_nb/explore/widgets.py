@@ -21,6 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .plots import STYLE
+
 # %% ../../nbs/explore/41_widgets.ipynb #52e21502
 def need(
     module: str, # importable name
@@ -34,9 +36,8 @@ def need(
 W = need("ipywidgets", "widgets")
 
 # %% ../../nbs/explore/41_widgets.ipynb #419de524
-_STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
-         "axes.spines.top": False, "axes.spines.right": False}
-_DPI = 110
+_DPI = 110 # eight inches fill the width of an explorer's card
+_STYLE = {**STYLE, "figure.dpi": _DPI, "figure.constrained_layout.use": False} # a scene says where its axes are, so that they stay there
 
 
 class Picture:
@@ -60,7 +61,7 @@ def draw_scene(self: Picture,
 ) -> None:
     "Draw what stays, and keep its pixels."
     with matplotlib.rc_context(_STYLE):
-        self.canvas = FigureCanvasAgg(Figure(self.size, dpi=_DPI, facecolor="w"))
+        self.canvas = FigureCanvasAgg(Figure(self.size))
         self.axes = self.scene(self.canvas.figure, result)
         self.canvas.draw()
     self.kept = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
@@ -73,8 +74,8 @@ def png(self: Picture,
     "Draw what moves over what stays."
     if self.canvas is None: self.draw_scene(result)
     self.canvas.restore_region(self.kept)
-    for ax in self.canvas.figure.axes: ax.set_prop_cycle(None) # or a step's colors would depend on how many came before
     with matplotlib.rc_context(_STYLE):
+        for ax in self.canvas.figure.axes: ax.set_prop_cycle(None) # or a step's colors would depend on how many came before
         for artist in _flat(self.marks(self.axes, result)):
             artist.draw(self.canvas.get_renderer())
             artist.remove()
