@@ -114,6 +114,12 @@ def _driver():
     return out.stdout.split("\n")[0].strip() or None
 
 
+def kept_waiting():
+    "Seconds in which this thread was ready but other work had the processor; 0 where the system does not count them."
+    try: return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError: return 0.
+
+
 def machine(device="cpu") -> dict:
     "What a result was measured on."
     facts = dict(device=_cpu(), device_type=torch.device(device).type, torch=torch.__version__, triton=_version("triton"), cuda=torch.version.cuda, driver=None,

@@ -1,15 +1,13 @@
 """What the tests of all explorers share: a step must feel live."""
 import statistics
+import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from measure import kept_waiting
+
 GOAL = .15 # seconds from a control's new value to the finished picture and numbers, on 2 cores
-
-
-def kept_waiting():
-    "Seconds in which this thread was ready but other work had the processor; 0 where the system does not count them."
-    try: return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-    except OSError: return 0.
 
 
 def expect_live(explorer, moves):
