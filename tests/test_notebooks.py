@@ -16,6 +16,7 @@ HEAVY = ["torch", "matplotlib.pyplot", "nbdev.test"] # imported once for all pro
 
 def run_page(path, log):
     "In a process of its own: run a notebook and end with 1 if a cell fails."
+    multiprocessing.set_start_method(None, force=True) # the system's own for what the page starts, not that of this process
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1); os.dup2(file.fileno(), 2)
         os.chdir(ROOT)
