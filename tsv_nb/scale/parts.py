@@ -180,7 +180,7 @@ def write_part(
     digests = {name: hashlib.sha256(raw_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
     write_tensors(path, tensors, {"format": "pt", _KEY: json.dumps(dict(facts=facts, sha256=digests, check=_check(facts, digests)), ensure_ascii=False)})
 
-
+# %% ../../nbs/scale/30c2_parts.ipynb #2832bd61
 def _entry(fields: Mapping, sha256: str) -> Entry: # `ValueError`, or another error of a value of the wrong kind
     "What a header says of a tensor."
     (begin, end), shape, dtype = fields["data_offsets"], tuple(fields["shape"]), fields["dtype"]

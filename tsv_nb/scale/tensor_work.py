@@ -130,7 +130,7 @@ def _score(factors: Sequence[Factors]) -> float:
     "STI of one matrix."
     U, S, Vh = stack_factors(factors)
     largest = S.max().item() if S.numel() else 0.
-    unit = 2.**math.frexp(largest)[1] if largest > 2**64 else 1. # the score is linear in S, and its sum would not fit into float32
+    unit = 2.**(math.frexp(largest)[1] - 1) if largest > 2**64 else 1. # the score is linear in S, and its sum would not fit into float32
     score = singular_task_interference(U, S / unit, Vh).item() * unit
     if not math.isfinite(score): raise ValueError("the interference of its tasks does not fit into float64; make the numbers of the checkpoints smaller.")
     return score
