@@ -90,6 +90,7 @@ def test_merges(examples):
         plain = all(c.isprintable() for s in states for n in s for c in n)
         if isinstance(done, Refused):
             if "rank" in options and "rank" in str(done.error): return # which no matrix has
+            if options.get("exclude") and "fits no tensor" in str(done.error): return # a pattern for names that this model has not
             assert wrong or not ordinary or not plain or "" in states[0] or "__metadata__" in states[0], done.error
             return
         broken = any(e.values in BROKEN and math.prod(e.shape) for state in states for e in state.values())
