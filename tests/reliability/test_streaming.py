@@ -48,7 +48,7 @@ def made(case):
 options = st.fixed_dictionaries({}, optional=dict(
     rank=st.sampled_from((1, 1, 2, "full", "full", 50, 0, -1, 1.5)), orthogonalize=st.sampled_from((*POLAR_METHODS, None, None, "qr")), split=st.sampled_from(("qkv", "kqv")), alpha=st.sampled_from((.3, 0., -1., math.nan)),
     dtype=st.sampled_from(("float32", "float16", "bfloat16", "int8")), exclude=st.sampled_from(((), ("*",), ("w", "*.weight"))), include=st.sampled_from(((), ("*",))), missing=st.sampled_from(("base", "skip")), extra=st.sampled_from(("ignore",))))
-NAMED = ("rank", "orthogonalize", "split", "alpha", "dtype", "missing", "extra", "singular values", "name")
+NAMED = ("exclude", "rank", "orthogonalize", "split", "alpha", "dtype", "missing", "extra", "singular values", "name")
 
 
 def run(command, models, folder, shard_size, **options):
