@@ -45,9 +45,9 @@ def ceilings(device, tiny=False) -> dict:
     rates = {"ieee": measured_matmul(device, n=n), "float64": measured_matmul(device, torch.float64, n=n)}
     # the CPU's float32 products are the same whatever is allowed; half precision there has no place in these benchmarks but must have a number
     rates["tf32"] = measured_matmul(device, n=n, allow_tf32=True) if cuda else rates["ieee"]
-    # one float32 product as three of tf32; one of half factors and float32 singular values as two ("split")
-    rates["tf32x3"], rates["split"] = (rates["tf32"] / 3, rates["tf32"] / 2) if cuda else (rates["ieee"], rates["ieee"])
     for dtype in (torch.float16, torch.bfloat16): rates[str(dtype).removeprefix("torch.")] = measured_matmul(device, dtype, n=n)
+    # one float32 product as three of tf32; one of half factors and float32 singular values as two of half factors ("split")
+    rates["tf32x3"], rates["split"] = (rates["tf32"] / 3, rates["float16"] / 2) if cuda else (rates["ieee"], rates["ieee"])
     return dict(copy_bytes_per_s=measured_copy(device, 2**20 if tiny else None), flops_per_s=rates)
 
 

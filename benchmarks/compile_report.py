@@ -16,7 +16,7 @@ from pathlib import Path
 import triton
 
 import tsv_nb.kernels
-from tsv_nb.kernels.aot import CHIPS, compile_variant
+from tsv_nb.kernels.aot import CHIPS, compile_variant, runs_on
 
 
 def modules():
@@ -30,7 +30,7 @@ def compile_one(module, index, target):
 
 def compile_report(target, pool=None):
     "Every program compiled for a target: a list of dicts with registers, spills, shared memory and whether it fits."
-    jobs = [(m, i, target) for m in modules() for i, o in enumerate(importlib.import_module(m).aot_variants()) if CHIPS[target].backend in o.backends]
+    jobs = [(m, i, target) for m in modules() for i, o in enumerate(importlib.import_module(m).aot_variants()) if runs_on(o, target)]
     return list((pool.map if pool else map)(compile_one, *zip(*jobs)))
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from compare import Run, Side
-from tsv_nb.interference import singular_task_interference
 from tsv_nb.kernels import interference as kernels
 from tsv_nb.kernels.interference import interference_score, interference_traffic
 
@@ -65,7 +64,11 @@ def literal(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     return (((X.mT @ X - eye) * S.flatten(-2).unsqueeze(-2)) @ (Y @ Y.mT - eye)).abs().sum((-2, -1))
 
 
-masked = singular_task_interference # Part I's: those blocks are multiplied by zero
+def masked(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+    "The formula with those blocks multiplied by zero."
+    X, Y, task = U.movedim(-3, -2).flatten(-2), Vh.flatten(-3, -2), torch.arange(U.shape[-3], device=U.device).repeat_interleave(U.shape[-1])
+    between = (task[:, None] != task).float()
+    return ((X.mT @ X * between * S.flatten(-2).unsqueeze(-2)) @ (Y @ Y.mT * between)).abs().sum((-2, -1))
 
 
 def dense_work(m, n, T, k, batch) -> dict:

@@ -8,12 +8,12 @@ import importlib
 import json
 import sys
 
-from tsv_nb.kernels.aot import CHIPS, compile_variant
+from tsv_nb.kernels.aot import CHIPS, compile_variant, runs_on
 
 
 def jobs(module):
     variants = importlib.import_module(module).aot_variants()
-    return [(v, target) for v in variants for target, chip in CHIPS.items() if chip.backend in v.backends]
+    return [(v, target) for v in variants for target in CHIPS if runs_on(v, target)]
 
 
 def facts(variant, target):

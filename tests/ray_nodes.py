@@ -5,7 +5,7 @@ Run as a program, this file stands in for such a helper: it says that it serves 
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HELPERS = {"dashboard_agent": ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"), "runtime_env_agent": ("runtime_env_agent_port",)}
@@ -33,7 +33,8 @@ def kill_node(cluster, node):
     "Kill all processes of a node at once, as a power cut does: its workers would otherwise notice only after a moment."
     import psutil # comes with Ray
     top = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    for process in [*top.children(recursive=True), top]: process.kill()
+    for process in [*top.children(recursive=True), top]:
+        with suppress(psutil.NoSuchProcess): process.kill() # a worker may end by itself meanwhile
     cluster.remove_node(node, allow_graceful=False)
 
 

@@ -203,7 +203,7 @@ def poisoned(monkeypatch):
     "On the device, new memory starts as NaN."
     if not torch.cuda.is_available(): pytest.skip("needs a GPU")
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: o.fill_(float("nan")) if (o := empty(*shape, **options)).is_cuda and o.is_floating_point() else o)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: o.fill_(float("nan")) if (o := empty(*shape, **options)).is_cuda and o.is_floating_point() and not o.requires_grad else o)
 
 
 @pytest.mark.cuda

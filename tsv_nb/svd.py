@@ -23,9 +23,11 @@ def exact_svd(
     x: Tensor, # (..., m, n) with m >= n, float32 or float64
     rank: int, # components to keep
 ) -> SVD: # orthonormal U (..., m, k), descending S (..., k), orthonormal Vh (..., k, n)
-    "All components by LAPACK (or cuSOLVER), cut to `rank`; where it does not converge, the Gram route in float64."
-    try: U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-    except torch.linalg.LinAlgError: U, S, Vh = (o.to(x.dtype) for o in gram_svd(x.double(), rank))
+    "All components by LAPACK, cut to `rank`; where it does not converge, and for float32 on a GPU, the Gram route in float64."
+    routes = [lambda: torch.linalg.svd(x, full_matrices=False, driver="gesvd" if x.is_cuda else None), lambda: _gram_double(x, rank)]
+    if x.is_cuda and x.dtype == torch.float32: routes.reverse() # cuSOLVER's routines for float32 lose two digits or more
+    try: U, S, Vh = routes[0]()
+    except torch.linalg.LinAlgError: U, S, Vh = routes[1]()
     return U[..., :rank], S[..., :rank], Vh[..., :rank, :]
 
 # %% ../nbs/method/02b_fast_svd.ipynb #6bab4802
@@ -48,6 +50,12 @@ def gram_eigh(
     return lam[..., -k:].flip(-1), V[..., -k:].flip(-1)
 
 # %% ../nbs/method/02b_fast_svd.ipynb #66d5c34c
+def _small_eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    "Descending eigenvalues and eigenvectors of small symmetric matrices (..., b, b) in float64; a GPU takes those one at a time, slower than its host."
+    here = A.cpu() if A.is_cuda and A.shape[-1] <= 128 else A
+    return tuple(o.to(A.device).flip(-1) for o in torch.linalg.eigh(here))
+
+
 def rayleigh_ritz(
     x: Tensor, # (..., m, n)
     V: Tensor, # (..., n, k) orthonormal columns that span, nearly, the leading right singular vectors of `x`
@@ -55,7 +63,7 @@ def rayleigh_ritz(
     "The singular components of `x` within the span of `V`, from `x` itself (not from its Gram matrix)."
     W = x @ V
     D = W.double()
-    mu, Q = (o.flip(-1) for o in torch.linalg.eigh(D.mT @ D))
+    mu, Q = _small_eigh(D.mT @ D)
     S = mu.clamp_min(0).sqrt()
     if (S[..., -1:] > 1e-6 * S[..., :1]).all(): U = W @ Q.to(W.dtype) / S.to(W.dtype).unsqueeze(-2)
     else: # too few components: QR gives orthonormal columns all the same
@@ -74,8 +82,13 @@ def gram_svd(
     U, S, Vh = rayleigh_ritz(x, V)
     hard = lam[..., -1] < 1e-3 * lam[..., 0]
     if x.dtype == torch.float32 and hard.any():
-        for part, better in zip((U, S, Vh), gram_svd(x[hard].double(), rank)): part[hard] = better.to(x.dtype)
+        for part, better in zip((U, S, Vh), _gram_double(x[hard], rank)): part[hard] = better
     return U, S, Vh
+
+
+def _gram_double(x: Tensor, rank: int) -> SVD:
+    "`gram_svd` in float64, rounded to the dtype of `x`."
+    return tuple(o.to(x.dtype) for o in gram_svd(x.double(), rank))
 
 # %% ../nbs/method/02b_fast_svd.ipynb #e7342d59
 def _orthonormal(Y: Tensor) -> Tensor:
@@ -99,16 +112,22 @@ def _filtered(G: Tensor, Q: Tensor, theta: Tensor) -> Tensor:
     return Y
 
 # %% ../nbs/method/02b_fast_svd.ipynb #04a39a6d
-def _eigenblock(G: Tensor, Q: Tensor, rank: int, tol: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor]:
-    "Ritz values, block and residual (...) after filtering until the `rank` leading residuals are below `tol`."
-    for step in range(max_iter + 1):
+def _eigenblock(G: Tensor, Q: Tensor, rank: int, tol: float, max_iter: int, least: float) -> tuple[Tensor, Tensor]:
+    "The block and its residual (...) after filtering until the `rank` leading residuals are below `tol`, or at the rounding errors of G, or it is plain that sigma_rank < least sigma_1."
+    done, rounds, last = 0, 1, math.inf
+    while True:
         Z = G @ Q
-        theta, R = (o.flip(-1).to(G.dtype) for o in torch.linalg.eigh((Q.mT @ Z).double()))
+        theta, R = (o.to(G.dtype) for o in _small_eigh((Q.mT @ Z).double()))
         Q, Z = Q @ R, Z @ R
         scale = theta[..., 0].clamp_min(torch.finfo(G.dtype).tiny)
         residual = (Z - Q * theta.unsqueeze(-2)).norm(dim=-2)[..., :rank].amax(-1) / scale
-        if step == max_iter or residual.max() <= tol: return theta, Q, residual
-        Q = _orthonormal(_filtered(G, Q, theta))
+        worst = residual.max().item()
+        if done >= max_iter or worst <= tol or .75 * last < worst <= 32 * torch.finfo(G.dtype).eps: return Q, residual
+        if done and (theta[..., rank - 1] < least**2 * scale).all(): return Q, torch.full_like(residual, math.inf)
+        if worst < last < math.inf: rounds = math.ceil(rounds * math.log(tol / worst) / math.log(worst / last)) # as many as the last rate asks for
+        rounds = max(1, min(rounds, 4, max_iter - done))
+        for _ in range(rounds): Q = _orthonormal(_filtered(G, Q, theta))
+        done, last = done + rounds, worst
 
 
 def randomized_svd(
@@ -118,13 +137,14 @@ def randomized_svd(
     max_iter: int = 30, # filters at most; 0: no power iteration at all
     tol: float | None = None, # residual at which to stop; default 4 eps
     seed: int = 0,
+    least: float = 0., # stop early, with an infinite residual, if in all matrices sigma_rank < least * sigma_1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # U, S, Vh as `gram_svd` gives them, and the residual (...) that was reached
     "The leading components by randomized, Chebyshev-filtered subspace iteration, for any batch at once."
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
     b = min(n, rank + (max(16, rank // 3) if oversample is None else oversample))
     noise = torch.randn(n, b, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
     G = x.mT @ x
-    theta, Q, residual = _eigenblock(G, _orthonormal(G @ noise), rank, 4 * eps if tol is None else tol, max_iter)
+    Q, residual = _eigenblock(G, _orthonormal(G @ noise), rank, 4 * eps if tol is None else tol, max_iter, least)
     U, S, Vh = rayleigh_ritz(x, Q)
     return U[..., :rank], S[..., :rank], Vh[..., :rank, :], residual
 
@@ -143,11 +163,11 @@ def svd_residual(
 # %% ../nbs/method/02b_fast_svd.ipynb #b4ef1847
 def _randomized(x: Tensor, rank: int) -> SVD:
     "`randomized_svd`, with the Gram route for the matrices in which it has not converged."
-    U, S, Vh, residual = randomized_svd(x, rank)
+    U, S, Vh, residual = randomized_svd(x, rank, least=.03)
     bad = residual > 32 * torch.finfo(x.dtype).eps
     hard = bad | (S[..., -1] < .03 * S[..., 0]) # float32 products have lost the small ones
     if hard.any():
-        for part, better in zip((U, S, Vh), gram_svd(x[hard].double(), rank)): part[hard] = better.to(x.dtype)
+        for part, better in zip((U, S, Vh), _gram_double(x[hard], rank)): part[hard] = better
     return U, S, Vh
 
 

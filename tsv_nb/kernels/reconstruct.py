@@ -58,13 +58,15 @@ def _result_shape(U: Tensor, S: Tensor, Vh: Tensor, base: Optional[Tensor]) -> t
     m, n = U.shape[-2], Vh.shape[-1]
     if base is not None and base.shape[-2:] != (m, n): raise ValueError(f"base has shape {tuple(base.shape)}, and U and Vh make (..., {m}, {n}).")
     lead = [U.shape[:-2], S.shape[:-1], Vh.shape[:-2]] + ([] if base is None else [base.shape[:-2]])
+    if all(o == lead[0] for o in lead): return (*lead[0], m, n) # broadcasting is slow
     try: return (*torch.broadcast_shapes(*lead), m, n)
     except RuntimeError: raise ValueError(f"the leading dimensions of U, S, Vh and base do not broadcast: {', '.join(str(tuple(o)) for o in lead)}.") from None
 
 # %% ../../nbs/kernels/11_reconstruct.ipynb #83103093
 def _span(x: Tensor) -> tuple[int, int]:
     "First and last byte address + 1 that a tensor can touch; (0, 0) for tensors without memory of their own."
-    if not x.numel() or x.device.type == "meta" or type(x) not in (Tensor, torch.nn.Parameter): return 0, 0
+    if not x.numel() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter): return 0, 0
+    if x.is_contiguous(): return x.data_ptr(), x.data_ptr() + x.nbytes
     return x.data_ptr(), x.data_ptr() + (sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1) * x.element_size()
 
 
@@ -82,7 +84,7 @@ def _check_overlap(writes: Iterable[Tensor], reads: Iterable[Tensor]) -> None:
 def _same_view(a: Tensor, b: Tensor) -> bool:
     "Whether two tensors are the same elements of the same memory."
     if a is b or torch.compiler.is_compiling(): return a is b
-    return _span(a) == _span(b) != (0, 0) and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+    return a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride() and _span(a) == _span(b) != (0, 0)
 
 # %% ../../nbs/kernels/11_reconstruct.ipynb #db68ed61
 def _compute_dtype(*tensors: Optional[Tensor]) -> torch.dtype:
@@ -202,7 +204,7 @@ def _prepare(U, S, Vh, base, out, out_dtype, precision) -> tuple:
         if out.dtype != dtype: raise ValueError(f"out is {out.dtype} and out_dtype {dtype}; leave out_dtype out.")
         if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride())): raise ValueError("out is an expanded tensor, several of its elements are one; pass a copy.")
     in_place = out is not None and base is not None and _same_view(out, base)
-    return tuple(None if o is None else o.detach() for o in (U, S, Vh, None if in_place else base)), shape, dtype, in_place
+    return tuple(o.detach() if o is not None and o.requires_grad else o for o in (U, S, Vh, None if in_place else base)), shape, dtype, in_place
 
 # %% ../../nbs/kernels/11_reconstruct.ipynb #63ff0b94
 def lowrank_reconstruct(
