@@ -46,8 +46,9 @@ def gram_eigh(
     k: int, # eigenpairs to keep
 ) -> tuple[Tensor, Tensor]: # eigenvalues (..., k), descending, and eigenvectors (..., n, k)
     "The `k` largest eigenvalues and their eigenvectors of x^T x, in the precision of `x`."
-    lam, V = torch.linalg.eigh(gram(x)) # reads the lower triangle
-    return lam[..., -k:].flip(-1), V[..., -k:].flip(-1)
+    G = gram(x)
+    lam, V = torch.linalg.eigh(G.double() if G.is_cuda else G) # reads the lower triangle; on an H200 float64 is no slower, and V is orthonormal
+    return lam[..., -k:].flip(-1).to(x.dtype), V[..., -k:].flip(-1).to(x.dtype)
 
 # %% ../nbs/method/02b_fast_svd.ipynb #66d5c34c
 def _small_eigh(A: Tensor) -> tuple[Tensor, Tensor]:
