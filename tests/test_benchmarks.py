@@ -314,6 +314,14 @@ def test_chosen_spectra():
     assert .25 < cosine < .5
 
 
+def test_streaming_gpu_without_a_gpu(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "streaming_gpu.py"), "--folder", str(tmp_path), "--device", "cpu", "--tiny", "--tasks", "2", "--out", str(tmp_path / "out.json")],
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    narrow, wide = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert narrow["difference"] == 0 and len(narrow["device_seconds"]) == len(wide["device_seconds"]) == 2 and narrow["ratio"] > 0 and "cpu_seconds" not in wide
+
+
 def test_merge_gpu_and_growth_without_a_gpu(tmp_path):
     for script, args in (("merge_gpu.py", ["--device", "cpu", "--tiny"]), ("growth.py", ["--tiny", "--threads", "1", "--rounds", "1"])):
         out = tmp_path / f"{script}.json"
