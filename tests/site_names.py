@@ -22,7 +22,6 @@ from pathlib import Path
 from site_checks import ROOT, TOKEN, code_spans, output_text, skipped
 
 EXCEPTIONS = { # span: why the rule cannot know it
-    "TRITON_INTERPRET": "an environment variable of Triton",
     "HF_HOME": "an environment variable of Hugging Face's libraries",
     "RAY_ADDRESS": "an environment variable of Ray",
     "i * stride_m + j * stride_n": "a formula, before there is a kernel with strides",
