@@ -48,6 +48,19 @@ def test_grouped_hints(shapes):
     for o, c, p in zip(outs, cases, ps): check(c, p._replace(out=o, room=o))
 
 
+@pytest.mark.parametrize("launch", ["plain", "grouped"])
+def test_strides_beyond_32_bits_within_a_tile(launch):
+    "Rows eight million numbers apart: the last of 300 would be beyond what an offset of 32 bits reaches, three are enough to take that path."
+    case = Case(3, 40, 5)
+    p, stride = problem(case), 2**23
+    far = torch.full((2 * stride + 40,), float("nan"))
+    out = far.as_strided((3, 40), (stride, 1))
+    assert rt._wide(out) and not rt._wide(p.out)
+    if launch == "plain": launch_reconstruct(out, p.U, p.S, p.Vh, p.base, case.alpha)
+    else: launch_grouped([out], [p.U], [p.S], [p.Vh], [p.base], case.alpha)
+    check(case, p._replace(out=out, room=far))
+
+
 def test_hints_promise_no_more_than_is_true():
     even = torch.zeros(64, 48)
     odd = torch.zeros(65 * 49 + 8)
