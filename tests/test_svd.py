@@ -158,6 +158,38 @@ def test_hopeless_matrices_stop_early_unless_one_is_not(g, counted):
     assert randomized_svd(torch.zeros(160, 96), 9, least=.03)[3] == 0
 
 
+def test_a_tolerance_of_zero_ends(g):
+    *f, residual = randomized_svd(torch.randn(120, 80, generator=g), 8, tol=0.)
+    assert residual < 4e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("method", METHODS)
+def test_all_routes_refuse_alike(g, method, bad):
+    x = torch.randn(2, 120, 80, generator=g)
+    x[1, 5, 6] = bad
+    with pytest.raises(torch.linalg.LinAlgError): leading_svd(x, 8, method)
+
+
+@pytest.mark.parametrize("allow", [lambda: torch.set_float32_matmul_precision("high"), lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+                                   lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")], ids=["torch", "allow_tf32", "fp32_precision"])
+def test_products_are_not_shortened(g, monkeypatch, allow):
+    "Whoever allowed TF32 for a network, by any of torch's ways, did not mean decompositions."
+    import tsv_nb.polar as polar
+    import tsv_nb.svd as module
+    settings, seen = torch.backends.cuda.matmul, []
+    if not hasattr(settings, "fp32_precision"): pytest.skip("torch before 2.9")
+    before = settings.fp32_precision
+    def noting(f): return lambda *args: (seen.append(settings.fp32_precision), f(*args))[1]
+    monkeypatch.setitem(module.SVD_METHODS, "gram", noting(module.gram_svd))
+    monkeypatch.setitem(polar.POLAR_METHODS, "eigh", noting(polar.POLAR_METHODS["eigh"]))
+    try:
+        allow()
+        leading_svd(torch.randn(120, 80, generator=g), 8, "gram"); polar.orthogonalize(torch.randn(120, 80, generator=g), "eigh")
+        assert seen == ["ieee"] * 2 and settings.fp32_precision == "tf32"
+    finally: settings.fp32_precision = before; torch.set_float32_matmul_precision("highest")
+
+
 def test_randomized_is_reproducible(g):
     x = torch.randn(2, 120, 80, generator=g)
     a, b, c = (randomized_svd(x, 8, seed=s) for s in (0, 0, 1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_finite, check_option
-from .svd import gram_eigh, in_range, leading_svd
+from .svd import full_float32, gram_eigh, in_range, leading_svd
 from .task_vectors import at_least_float32
 
 # %% ../nbs/method/04b_polar.ipynb #61cb889e
@@ -90,5 +90,6 @@ def orthogonalize(
     check_finite("X", X)
     x = in_range(at_least_float32(X))[0] # the polar factor is the same in any unit
     if tol is None: tol = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
-    if x.shape[-2] < x.shape[-1]: return POLAR_METHODS[method](x.mT, tol).mT.to(X.dtype)
-    return POLAR_METHODS[method](x, tol).to(X.dtype)
+    with full_float32():
+        if x.shape[-2] < x.shape[-1]: return POLAR_METHODS[method](x.mT, tol).mT.to(X.dtype)
+        return POLAR_METHODS[method](x, tol).to(X.dtype)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SVD', 'SVD_METHODS', 'exact_svd', 'gram', 'gram_eigh', 'rayleigh_ritz', 'gram_svd', 'randomized_svd', 'svd_residual',
-           'in_range', 'leading_svd']
+           'full_float32', 'in_range', 'leading_svd']
 
 # %% ../nbs/method/02b_fast_svd.ipynb #a71e3237
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -123,9 +124,10 @@ def _eigenblock(G: Tensor, Q: Tensor, rank: int, tol: float, max_iter: int, leas
         scale = theta[..., 0].clamp_min(torch.finfo(G.dtype).tiny)
         residual = (Z - Q * theta.unsqueeze(-2)).norm(dim=-2)[..., :rank].amax(-1) / scale
         worst = residual.max().item()
+        if not math.isfinite(worst): raise torch.linalg.LinAlgError("the matrix has NaN or infinite entries, or they overflow when squared")
         if done >= max_iter or worst <= tol or .75 * last < worst <= 32 * torch.finfo(G.dtype).eps: return Q, residual
         if done and (theta[..., rank - 1] < least**2 * scale).all(): return Q, torch.full_like(residual, math.inf)
-        if worst < last < math.inf: rounds = math.ceil(rounds * math.log(tol / worst) / math.log(worst / last)) # as many as the last rate asks for
+        if worst < last < math.inf: rounds = math.ceil(rounds * math.log(max(tol / worst, 1e-9)) / math.log(worst / last)) # as many as the last rate asks for
         rounds = max(1, min(rounds, 4, max_iter - done))
         for _ in range(rounds): Q = _orthonormal(_filtered(G, Q, theta))
         done, last = done + rounds, worst
@@ -182,6 +184,17 @@ def _auto(x: Tensor, rank: int) -> SVD:
 SVD_METHODS: dict[str, Callable[[Tensor, int], SVD]] = {"auto": _auto, "svd": exact_svd, "gram": gram_svd, "randomized": _randomized}
 
 # %% ../nbs/method/02b_fast_svd.ipynb #3e8d1c51
+@contextmanager
+def full_float32() -> Iterator[None]:
+    "Within the block, float32 products on a GPU are float32 products, whatever a program has allowed."
+    settings, name, full = torch.backends.cuda.matmul, "fp32_precision", "ieee"
+    if not hasattr(settings, name): name, full = "allow_tf32", False # torch before 2.9
+    before = getattr(settings, name)
+    setattr(settings, name, full)
+    try: yield
+    finally: setattr(settings, name, before)
+
+
 def in_range(
     x: Tensor, # (..., m, n) float32 or float64
 ) -> tuple[Tensor, Tensor | None]: # `x`, divided by powers of two (..., 1, 1), and these; where there is no need, `x` itself and None
@@ -207,5 +220,6 @@ def leading_svd(
         U, S, Vh = leading_svd(scaled[0], rank, method)
         return U, S * scaled[1].squeeze(-1), Vh
     if x.numel() == 0 or rank == 0: return x.new_zeros(*x.shape[:-1], rank), x.new_zeros(*x.shape[:-2], rank), x.new_zeros(*x.shape[:-2], rank, x.shape[-1])
-    try: return SVD_METHODS[method](x, rank)
-    except torch.linalg.LinAlgError: return exact_svd(x, rank)
+    with full_float32():
+        try: return SVD_METHODS[method](x, rank)
+        except torch.linalg.LinAlgError: return exact_svd(x, rank)

@@ -100,3 +100,5 @@ def test_one_tf32_pass_is_not_biased(route):
     rounded = kernels._rounded(X, "tf32")
     assert not (rounded.view(torch.int32) & 0x1FFF).any() and 0 < (rounded - X).abs().max() <= 2**-11 * X.abs().max() and abs((rounded / X - 1).mean()) < 2e-5
     assert kernels._rounded(X, "tf32x3") is X and kernels._rounded(X.half(), "tf32").dtype == torch.half
+    nan = torch.tensor([0x7fffffff, -1], dtype=torch.int32).view(torch.float32)
+    assert kernels._rounded(nan, "tf32").isnan().all()

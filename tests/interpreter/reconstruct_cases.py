@@ -61,6 +61,41 @@ def test_strides_beyond_32_bits_within_a_tile(launch):
     check(case, p._replace(out=out, room=far))
 
 
+def test_strides_of_a_wide_factor():
+    "Steps along the rank add up to more than 32 bits."
+    room = torch.empty(2**26 * 39 + 8, dtype=torch.half) # 5 GB of addresses, of which some pages are touched
+    V = room.as_strided((40, 8), (2**26, 1)).copy_(torch.randn(40, 8))
+    U, S = torch.randn(20, 40).half(), torch.rand(40)
+    for launch in (launch_reconstruct, lambda out, *f: launch_grouped([out], *([o] for o in f))):
+        out = torch.full((20, 8), float("nan"))
+        launch(out, U, S, V)
+        assert torch.allclose(out, U.float() * S @ V.float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [0x7fffffff, -1, 0x7fc00000])
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+def test_nan_stays(bits, precision):
+    "The first one is what NVIDIA's chips make; rounding carries over its bits, to zero."
+    nan, out = torch.tensor(bits, dtype=torch.int32).view(torch.float32), torch.empty(40, 48)
+    U, S, Vh = torch.randn(40, 17), torch.rand(17), torch.randn(17, 48)
+    U[3, 2] = Vh[1, 5] = nan
+    launch_reconstruct(out, U, S, Vh, precision=precision)
+    assert torch.equal(out.isnan(), ((torch.arange(40) == 3)[:, None] | (torch.arange(48) == 5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_small_components_keep_their_digits(dtype):
+    "Orthonormal columns have small entries, and singular values fall: in float16 the second part must not sink below its smallest number."
+    U, S = torch.linalg.qr(torch.randn(300, 64))[0].to(dtype), torch.arange(1., 65)**-2
+    a, unit = rt._scaled(U[None], S[None], -1., "split")
+    A = (a[0, 0].double() + a[0, 1].double()) * unit[0, :, None].double()
+    want = -U.double() * S.double()
+    assert ((A - want).norm(dim=0) / want.norm(dim=0)).max() < {torch.half: 1e-5, torch.bfloat16: 2e-5}[dtype]
+    assert (A - want).norm() / want.norm() < {torch.half: 1e-6, torch.bfloat16: 1.5e-5}[dtype]
+    b, units = rt._scaled(U.expand(3, -1, -1), S.expand(3, -1), -1., "split")
+    assert b.stride(0) == units.stride(0) == 0 and torch.equal(b[2], a[0]) and len(b) == len(units) == 3
+
+
 def test_hints_promise_no_more_than_is_true():
     even = torch.zeros(64, 48)
     odd = torch.zeros(65 * 49 + 8)

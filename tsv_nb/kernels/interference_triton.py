@@ -143,7 +143,8 @@ def _aligned(X: Tensor) -> Tensor:
 
 def _rounded(X: Tensor, precision: str) -> Tensor:
     "Float32 numbers rounded to TF32, for one pass of the tensor cores."
-    return ((X.contiguous().view(torch.int32) + 0x1000) & -8192).view(torch.float32) if precision == "tf32" and X.dtype == torch.float32 else X
+    if precision != "tf32" or X.dtype != torch.float32: return X
+    return torch.where(X == X, ((X.contiguous().view(torch.int32) + 0x1000) & -8192).view(torch.float32), X) # NaN stays
 
 # %% ../../nbs/kernels/12b_interference_triton.ipynb #d72241eb
 def _candidates(kernel: object, device: torch.device) -> list[triton.Config]:

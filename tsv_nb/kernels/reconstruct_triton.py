@@ -38,26 +38,33 @@ _PAD = tl.constexpr(64) # rows of A are padded with zeros to a multiple of this
 @triton.jit
 def _nearest(x, PRECISION: tl.constexpr):
     "For one TF32 pass: the chip cuts the last 13 bits off, which makes all numbers smaller; with half of them added first, it rounds."
-    if PRECISION == "tf32": x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
+    if PRECISION == "tf32": x = tl.where(x == x, ((x.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True), x) # NaN has bits that the sum would carry over
     return x
 
 
 @triton.jit
+def _scaled_block(u_ptr, s_ptr, offs_m, start, m, k, alpha, stride_um, stride_uk, stride_sk):
+    "alpha U diag(S), some rows and _PAD columns of it from `start` on; zero where there is nothing."
+    offs_k = start + tl.arange(0, _PAD).to(tl.int64)
+    s = alpha * tl.load(s_ptr + offs_k * stride_sk, mask=offs_k < k, other=0.).to(tl.float32)
+    u = tl.load(u_ptr + offs_m[:, None] * stride_um + offs_k[None, :] * stride_uk, mask=(offs_m < m)[:, None] & (offs_k < k)[None, :], other=0.)
+    return u.to(tl.float32) * s[None, :]
+
+
+@triton.jit
 def _scale_rows(u_ptr, s_ptr, a_ptr, unit_ptr, m, k, row, alpha, stride_um, stride_uk, stride_sk, stride_a, plane, PRECISION: tl.constexpr, ROWS: tl.constexpr):
-    "Write ROWS rows of A = alpha U diag(S), padded; for half factors A / unit in two parts, and the unit."
-    steps, offs_m = tl.arange(0, _PAD).to(tl.int64), row + tl.arange(0, ROWS).to(tl.int64)
-    inside, unit = (offs_m < m)[:, None], 1.
+    "Write ROWS rows of A = alpha U diag(S), padded; for half factors A / unit in two parts, and the unit of each row."
+    offs_m = row + tl.arange(0, ROWS).to(tl.int64)
+    inside, unit = (offs_m < m)[:, None], tl.full((ROWS,), 1., tl.float32)
     if PRECISION == "split":
-        largest = tl.zeros((_PAD,), tl.float32)
-        for start in range(0, k, _PAD): largest = tl.maximum(largest, tl.abs(alpha * tl.load(s_ptr + (start + steps) * stride_sk, mask=start + steps < k, other=0.).to(tl.float32)))
-        exponent = tl.max(largest).to(tl.int32, bitcast=True) & 0x7F800000
-        unit = (tl.minimum(exponent, 0x7E000000) + 0x00800000).to(tl.float32, bitcast=True) # a power of two above all singular values: nothing overflows
-        tl.store(unit_ptr, unit)
+        largest = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, k, _PAD): largest = tl.maximum(largest, tl.max(tl.abs(_scaled_block(u_ptr, s_ptr, offs_m, start, m, k, alpha, stride_um, stride_uk, stride_sk)), 1))
+        exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 0x07800000)
+        unit = (exponent - 0x07000000).to(tl.float32, bitcast=True) # a power of two; the largest number of the row becomes 2^14 to 2^15, near float16's end
+        tl.store(unit_ptr + offs_m, unit, mask=offs_m < m)
     for start in range(0, k, _PAD):
-        offs_k = start + steps
-        s = alpha * tl.load(s_ptr + offs_k * stride_sk, mask=offs_k < k, other=0.).to(tl.float32) / unit
-        u = tl.load(u_ptr + offs_m[:, None] * stride_um + offs_k[None, :] * stride_uk, mask=inside & (offs_k < k)[None, :], other=0.)
-        x, to = u.to(tl.float32) * s[None, :], a_ptr + offs_m[:, None] * stride_a + offs_k[None, :]
+        x = _scaled_block(u_ptr, s_ptr, offs_m, start, m, k, alpha, stride_um, stride_uk, stride_sk) / unit[:, None]
+        to = a_ptr + offs_m[:, None] * stride_a + (start + tl.arange(0, _PAD).to(tl.int64))[None, :]
         if PRECISION == "split":
             high = x.to(a_ptr.dtype.element_ty)
             tl.store(to, high, mask=inside)
@@ -69,9 +76,9 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def _reconstruct_tile(a_ptr, vh_ptr, base_ptr, out_ptr, m, n, k, pid_m, pid_n, unit, stride_a, plane, stride_vk, stride_vn, stride_bm, stride_bn, stride_om, stride_on,
+def _reconstruct_tile(a_ptr, vh_ptr, base_ptr, out_ptr, m, n, k, pid_m, pid_n, unit_ptr, stride_a, plane, stride_vk, stride_vn, stride_bm, stride_bn, stride_om, stride_on,
                       HAS_BASE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    "Write one tile of base + unit * A Vh, where A is alpha U diag(S) / unit."
+    "Write one tile of base + A Vh; in two parts, A is divided by the unit of its row."
     rows, columns, steps = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     if WIDE: rows, columns, steps = rows.to(tl.int64), columns.to(tl.int64), steps.to(tl.int64)
     row, column = pid_m.to(tl.int64) * BLOCK_M, pid_n.to(tl.int64) * BLOCK_N
@@ -91,8 +98,9 @@ def _reconstruct_tile(a_ptr, vh_ptr, base_ptr, out_ptr, m, n, k, pid_m, pid_n, u
             acc = tl.dot(rest, y, acc)
         else: acc = tl.dot(x, _nearest(y.to(tl.float32), PRECISION), acc, input_precision=PRECISION)
         a += BLOCK_K
-        v += BLOCK_K * stride_vk
-    acc *= unit
+        if WIDE: v += tl.cast(stride_vk, tl.int64) * BLOCK_K
+        else: v += stride_vk * BLOCK_K
+    if PRECISION == "split": acc *= tl.load(unit_ptr + row + rows, mask=mask_m & (k > 0), other=1.)[:, None]
     if HAS_BASE: acc += before.to(tl.float32)
     tl.store(out_ptr + (row * stride_om + column * stride_on) + (rows[:, None] * stride_om + columns[None, :] * stride_on), acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -108,21 +116,20 @@ def _scale_kernel(u_ptr, s_ptr, a_ptr, unit_ptr, m, k, alpha, stride_ub, stride_
     "ROWS rows of one matrix of a batch per program."
     blocks = tl.cdiv(m, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
-    _scale_rows(u_ptr + batch * stride_ub, s_ptr + batch * stride_sb, a_ptr + batch * stride_ab, unit_ptr + batch, m, k, tl.program_id(0) % blocks * ROWS, alpha,
+    _scale_rows(u_ptr + batch * stride_ub, s_ptr + batch * stride_sb, a_ptr + batch * stride_ab, unit_ptr + batch * m, m, k, tl.program_id(0) % blocks * ROWS, alpha,
                 stride_um, stride_uk, stride_sk, stride_a, plane, PRECISION, ROWS)
 
 
 @triton.jit
-def _reconstruct_kernel(a_ptr, unit_ptr, vh_ptr, base_ptr, out_ptr, m, n, k, stride_ab, stride_a, plane, stride_vb, stride_vk, stride_vn, stride_bb, stride_bm, stride_bn,
+def _reconstruct_kernel(a_ptr, unit_ptr, vh_ptr, base_ptr, out_ptr, m, n, k, stride_ab, stride_ib, stride_a, plane, stride_vb, stride_vk, stride_vn, stride_bb, stride_bm, stride_bn,
                         stride_ob, stride_om, stride_on, HAS_BASE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     "One tile of one matrix of a batch per program."
-    pid, unit = tl.program_id(0), 1.
+    pid = tl.program_id(0)
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
     batch = (pid // tiles).to(tl.int64)
     pid_m, pid_n = _tile_position(pid % tiles, m, n, BLOCK_M, BLOCK_N)
-    if PRECISION == "split": unit = tl.load(unit_ptr + batch)
-    _reconstruct_tile(a_ptr + batch * stride_ab, vh_ptr + batch * stride_vb, base_ptr + batch * stride_bb, out_ptr + batch * stride_ob, m, n, k, pid_m, pid_n, unit,
+    _reconstruct_tile(a_ptr + batch * stride_ab, vh_ptr + batch * stride_vb, base_ptr + batch * stride_bb, out_ptr + batch * stride_ob, m, n, k, pid_m, pid_n, unit_ptr + batch * stride_ib,
                       stride_a, plane, stride_vk, stride_vn, stride_bm, stride_bn, stride_om, stride_on, HAS_BASE, PRECISION, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)
 
 # %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #983665ff
@@ -152,7 +159,7 @@ def _hopper(device: torch.device) -> bool:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    "Whether all rows are consecutive, start at multiples of 16 elements, and have a multiple of 16."
+    "Whether all rows are consecutive and of a length, a distance and a first address divisible by 16."
     return all(o.stride(-1) == 1 and o.shape[-1] % 16 == o.stride(-2) % 16 == o.data_ptr() % 16 == 0 for o in tensors)
 
 
@@ -189,13 +196,14 @@ def _padded(k: int) -> int: return _cdiv(k, _PAD.value) * _PAD.value
 def _wide(*tensors: Tensor) -> bool: return any(s >= 2**23 for o in tensors for s in o.stride()[-2:]) # offsets within a tile need 64 bits
 
 
-def _scaled(u: Tensor, s: Tensor, alpha: float, kind: str) -> tuple[Tensor, Tensor]: # A (B, 1 or 2, m, padded k) and its units (B,)
-    "alpha U diag(S) as the kernel reads it."
-    B, m, k = u.shape
-    split = kind == "split"
-    a, unit = u.new_empty((B, 1 + split, m, _padded(k)), dtype=u.dtype if split else torch.float32), u.new_ones(B, dtype=torch.float32)
-    if k: _scale_kernel[(B * _cdiv(m, _ROWS),)](u, s, a, unit, m, k, alpha, *u.stride(), *s.stride(), a.stride(0), a.stride(2), a.stride(1), kind, _ROWS)
-    return a, unit
+def _scaled(u: Tensor, s: Tensor, alpha: float, kind: str) -> tuple[Tensor, Tensor]: # A (B, 1 or 2, m, padded k) and the units of its rows (B, m)
+    "alpha U diag(S) as the kernel reads it; once, if all of the batch have the same factors."
+    B, split = len(u), kind == "split"
+    if B > 1 and u.stride(0) == s.stride(0) == 0: u, s = u[:1], s[:1]
+    n, m, k = u.shape
+    a, unit = u.new_empty((n, 1 + split, m, _padded(k)), dtype=u.dtype if split else torch.float32), u.new_empty((n, m), dtype=torch.float32)
+    if k: _scale_kernel[(n * _cdiv(m, _ROWS),)](u, s, a, unit, m, k, alpha, *u.stride(), *s.stride(), a.stride(0), a.stride(2), a.stride(1), kind, _ROWS)
+    return a.expand(B, -1, -1, -1), unit.expand(B, -1)
 
 
 _ROWS = 32 # of A that one program makes
@@ -209,7 +217,7 @@ def launch_reconstruct(
     base: Optional[Tensor] = None, # (..., m, n), may be `out`
     alpha: float = 1., # scale
     precision: Optional[str] = None, # one of PRECISIONS
-    config: Optional[triton.Config] = None, # None: the best
+    config: Optional[triton.Config] = None, # None: the best; BLOCK_K must divide 64
 ) -> None:
     "Write base + alpha U diag(S) Vh into `out` with the Triton kernels."
     lead, (m, n), k = out.shape[:-2], out.shape[-2:], U.shape[-1]
@@ -227,7 +235,7 @@ def launch_reconstruct(
         constants = dict(HAS_BASE=base is not None, PRECISION=kind, WIDE=_wide(v, start, result))
         def _run(to, config):
             grid = len(to) * _cdiv(m, config.kwargs["BLOCK_M"]) * _cdiv(n, config.kwargs["BLOCK_N"])
-            _reconstruct_kernel[(grid,)](a, unit, v, start, to, m, n, k, a.stride(0), a.stride(2), a.stride(1), *v.stride(), *start.stride(), *to.stride(),
+            _reconstruct_kernel[(grid,)](a, unit, v, start, to, m, n, k, a.stride(0), unit.stride(0), a.stride(2), a.stride(1), *v.stride(), *start.stride(), *to.stride(),
                                          **constants, **config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
         if config is None:
             key = ("reconstruct", out.device, U.dtype, start.dtype, out.dtype, *constants.values(), even := _aligned(v, start, result), *_bucket(len(result), m, n, k))
@@ -235,7 +243,7 @@ def launch_reconstruct(
         _run(result, config)
 
 # %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #075dbb17
-_COLUMNS = tl.constexpr(20) # of a table row: u, s, vh, base, out; m, n, k; nine strides; the first tile, the first block of rows of A, and where A begins
+_COLUMNS = tl.constexpr(21) # of a table row: u, s, vh, base, out; m, n, k; nine strides; the first tile, the first block of rows of A, where A begins, and its units
 
 
 @triton.jit
@@ -260,11 +268,10 @@ def _pointer(row, column, TYPE: tl.constexpr, HINT: tl.constexpr):
 def _grouped_scale_kernel(table_ptr, lookup_ptr, a_ptr, unit_ptr, alpha, U_TYPE: tl.constexpr, S_TYPE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
     "ROWS rows of A of one of many matrices per program."
     pid = tl.program_id(0)
-    which = tl.load(lookup_ptr + pid).to(tl.int64)
-    row = table_ptr + which * _COLUMNS
+    row = table_ptr + tl.load(lookup_ptr + pid).to(tl.int64) * _COLUMNS
     m, k = tl.load(row + 5), tl.load(row + 7)
     padded = tl.cdiv(k, _PAD) * _PAD
-    _scale_rows(_pointer(row, 0, U_TYPE, 0), _pointer(row, 1, S_TYPE, 0), a_ptr + tl.load(row + 19), unit_ptr + which, m, k, (pid - tl.load(row + 18)) * ROWS, alpha,
+    _scale_rows(_pointer(row, 0, U_TYPE, 0), _pointer(row, 1, S_TYPE, 0), a_ptr + tl.load(row + 19), unit_ptr + tl.load(row + 20), m, k, (pid - tl.load(row + 18)) * ROWS, alpha,
                 tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), padded, m * padded, PRECISION, ROWS)
 
 
@@ -272,9 +279,8 @@ def _grouped_scale_kernel(table_ptr, lookup_ptr, a_ptr, unit_ptr, alpha, U_TYPE:
 def _grouped_kernel(table_ptr, lookup_ptr, a_ptr, unit_ptr, U_TYPE: tl.constexpr, BASE_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr, HINT_V: tl.constexpr, HINT_W: tl.constexpr,
                     HAS_BASE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     "One tile of one of many matrices per program."
-    pid, unit = tl.program_id(0), 1.
-    which = tl.load(lookup_ptr + pid).to(tl.int64)
-    row = table_ptr + which * _COLUMNS
+    pid = tl.program_id(0)
+    row = table_ptr + tl.load(lookup_ptr + pid).to(tl.int64) * _COLUMNS
     m, n, k = tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
     padded = tl.cdiv(k, _PAD) * _PAD
     if HINT_W == 16: n = tl.multiple_of(n, 16)
@@ -282,8 +288,7 @@ def _grouped_kernel(table_ptr, lookup_ptr, a_ptr, unit_ptr, U_TYPE: tl.constexpr
     stride_bm, stride_bn = _strides(row, 13, HINT_W, WIDE)
     stride_om, stride_on = _strides(row, 15, HINT_W, WIDE)
     pid_m, pid_n = _tile_position(pid - tl.load(row + 17).to(tl.int32), m, n, BLOCK_M, BLOCK_N)
-    if PRECISION == "split": unit = tl.load(unit_ptr + which)
-    _reconstruct_tile(a_ptr + tl.multiple_of(tl.load(row + 19), 16), _pointer(row, 2, U_TYPE, HINT_V), _pointer(row, 3, BASE_TYPE, HINT_W), _pointer(row, 4, OUT_TYPE, HINT_W), m, n, k, pid_m, pid_n, unit,
+    _reconstruct_tile(a_ptr + tl.multiple_of(tl.load(row + 19), 16), _pointer(row, 2, U_TYPE, HINT_V), _pointer(row, 3, BASE_TYPE, HINT_W), _pointer(row, 4, OUT_TYPE, HINT_W), m, n, k, pid_m, pid_n, unit_ptr + tl.load(row + 20),
                       padded, m.to(tl.int64) * padded, stride_vk, stride_vn, stride_bm, stride_bn, stride_om, stride_on, HAS_BASE, PRECISION, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)
 
 # %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #5793f041
@@ -299,7 +304,8 @@ class _Tables(NamedTuple):
     blocks: Tensor # and one of the first
     hints: tuple[int, int] # of Vh, of base and result
     wide: bool
-    size: int # elements of one part of all A
+    size: int # elements of all A
+    n_rows: int # and their rows
 
 
 def _hint(tensors: Sequence[Tensor]) -> int:
@@ -311,16 +317,16 @@ def _hint(tensors: Sequence[Tensor]) -> int:
 
 def _build_tables(items: Sequence[tuple], block_m: int, block_n: int, parts: int, device: torch.device) -> _Tables:
     "The table of matrices, the lookups from program to matrix, and the hints."
-    rows, tiles, blocks, size = [], [0], [0], 0
+    rows, tiles, blocks, size, n_rows = [], [0], [0], 0, 0
     for out, u, s, v, start in items:
         strides = [0 if n == 1 else o for t in (u, s, v, start, out) for n, o in zip(t.shape, t.stride())] # a stride over one element is never used
-        rows.append([*(o.data_ptr() for o in (u, s, v, start, out)), *out.shape, len(s), *strides, tiles[-1], blocks[-1], size])
+        rows.append([*(o.data_ptr() for o in (u, s, v, start, out)), *out.shape, len(s), *strides, tiles[-1], blocks[-1], size, n_rows])
         tiles.append(tiles[-1] + _cdiv(out.shape[0], block_m) * _cdiv(out.shape[1], block_n))
         blocks.append(blocks[-1] + (_cdiv(out.shape[0], _ROWS) if len(s) else 0))
-        size += parts * out.shape[0] * _padded(len(s))
+        size, n_rows = size + parts * out.shape[0] * _padded(len(s)), n_rows + out.shape[0]
     lookups = [torch.arange(len(items), dtype=torch.int32).repeat_interleave(torch.tensor(o).diff()).to(device) for o in (tiles, blocks)]
     hints = _hint([o[3] for o in items]), _hint([o[i] for o in items for i in (0, 4)])
-    return _Tables(torch.tensor(rows, dtype=torch.int64).to(device), *lookups, hints, _wide(*(o[i] for o in items for i in (0, 3, 4))), size)
+    return _Tables(torch.tensor(rows, dtype=torch.int64).to(device), *lookups, hints, _wide(*(o[i] for o in items for i in (0, 3, 4))), size, n_rows)
 
 
 def _tables(items: Sequence[tuple], block_m: int, block_n: int, parts: int, device: torch.device) -> _Tables:
@@ -362,7 +368,7 @@ def launch_grouped(
     precision: Optional[str] = None, # one of PRECISIONS
     config: Optional[triton.Config] = None, # None: by the rule
 ) -> None:
-    "Write base + alpha U diag(S) Vh for many matrices in one launch."
+    "Write base + alpha U diag(S) Vh for many matrices in two launches."
     items = [o for o in zip(out, U, S, Vh, out if base is None else base, strict=True) if o[0].numel()]
     if not items: return
     device = out[0].device
@@ -371,7 +377,7 @@ def launch_grouped(
     with _on(device):
         table = _tables(items, config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"], 1 + split, device)
         o, u, s, _, start = (_TYPES[t.dtype] for t in items[0])
-        a, unit = torch.empty(table.size, dtype=U[0].dtype if split else torch.float32, device=device), torch.ones(len(items), device=device)
+        a, unit = torch.empty(table.size, dtype=U[0].dtype if split else torch.float32, device=device), torch.empty(table.n_rows, device=device)
         if table.size: _grouped_scale_kernel[(len(table.blocks),)](table.rows, table.blocks, a, unit, alpha, u, s, kind, _ROWS)
         _grouped_kernel[(len(table.tiles),)](table.rows, table.tiles, a, unit, u, start, o, *table.hints, base is not None, kind, table.wide,
                                              **config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
