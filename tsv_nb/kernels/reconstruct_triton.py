@@ -184,8 +184,8 @@ def best_config(
     times = {}
     for i, config in enumerate(configs):
         try: times[i] = triton.testing.do_bench(lambda: run(config), warmup=5, rep=20)
-        except OutOfResources: pass
-    _BEST[key] = configs[min(times, key=times.get)]
+        except OutOfResources: continue # another one fits; if none does, the first says so when it is launched
+    _BEST[key] = configs[min(times, key=times.get, default=0)]
     return _BEST[key]
 
 # %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #051e5e72
@@ -314,7 +314,7 @@ def _hint(tensors: Sequence[Tensor]) -> int:
     if any(o.shape[1] > 1 and o.stride(1) != 1 for o in tensors): return 0
     return 16 if all(o.shape[1] % 16 == o.data_ptr() % 16 == 0 and (o.shape[0] == 1 or o.stride(0) % 16 == 0) for o in tensors) else 1
 
-
+# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #5793f041
 def _build_tables(items: Sequence[tuple], block_m: int, block_n: int, parts: int, device: torch.device) -> _Tables:
     "The table of matrices, the lookups from program to matrix, and the hints."
     rows, tiles, blocks, size, n_rows = [], [0], [0], 0, 0
@@ -404,7 +404,7 @@ def _scale_variants() -> list[Variant]:
                                 dict(U_TYPE=_POINTEES[dtype], S_TYPE=tl.float32, PRECISION=precision, ROWS=_ROWS), {}, backends))
     return variants
 
-
+# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #941159b1
 def _tile_variant(kernel, config, dtype: str, precision: str, base: bool, backends) -> Variant:
     "A program of `_reconstruct_kernel` or `_grouped_kernel`."
     name = f"{'x'.join(map(str, config.kwargs.values()))}x{config.num_warps}x{config.num_stages} {dtype} {precision}{' base' if base else ''}"
@@ -418,7 +418,7 @@ def _tile_variant(kernel, config, dtype: str, precision: str, base: bool, backen
         constants |= dict(U_TYPE=_POINTEES[dtype], BASE_TYPE=_POINTEES[dtype], OUT_TYPE=_POINTEES[dtype], HINT_V=16, HINT_W=16)
     return Variant(kernel, name, signature, constants, dict(num_warps=config.num_warps, num_stages=config.num_stages), backends)
 
-
+# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #941159c1
 def _programs() -> list[tuple]: # (kernel, config, factor type, precision, backends)
     "What the launchers can ask for."
     hopper = [(_reconstruct_kernel, c) for c in CONFIGS if c not in OTHER_CONFIGS] + [(_grouped_kernel, c) for c in GROUPED_CONFIGS[:2]]
