@@ -314,7 +314,7 @@ def _hint(tensors: Sequence[Tensor]) -> int:
     if any(o.shape[1] > 1 and o.stride(1) != 1 for o in tensors): return 0
     return 16 if all(o.shape[1] % 16 == o.data_ptr() % 16 == 0 and (o.shape[0] == 1 or o.stride(0) % 16 == 0) for o in tensors) else 1
 
-# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #5793f041
+# %% ../../nbs/kernels/11b_reconstruct_triton.ipynb #5793f0a2
 def _build_tables(items: Sequence[tuple], block_m: int, block_n: int, parts: int, device: torch.device) -> _Tables:
     "The table of matrices, the lookups from program to matrix, and the hints."
     rows, tiles, blocks, size, n_rows = [], [0], [0], 0, 0
