@@ -4,9 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsv_nb import numerical_rank, truncated_svd
-from tsv_nb.svd import SVD_METHODS, exact_svd, gram, gram_eigh, gram_svd, leading_svd, randomized_svd, rayleigh_ritz, svd_residual
+from tsv_nb.polar import orthogonalize
+from tsv_nb.svd import SVD_METHODS, exact_svd, gram, gram_eigh, gram_svd, leading_svd, randomized_svd, rayleigh_ritz, row_panels, svd_residual
 
 METHODS = list(SVD_METHODS)
 SHAPES = [(200, 80), (80, 200), (100, 100), (781, 100), (63, 64), (5, 3), (1, 9)]
@@ -204,6 +206,59 @@ def test_gram_of_any_layout(g, layout, dtype):
     view = {"rows": x[:30], "columns": x.T, "strided": x[::2, ::3]}[layout]
     torch.testing.assert_close(gram(view).tril(), (view.double().T @ view.double()).tril().to(dtype), rtol=1e-5, atol=1e-5)
     assert torch.equal(gram(torch.zeros(0, 3)), torch.zeros(3, 3))
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    "Panels of 256 rows."
+    monkeypatch.setattr("tsv_nb.svd.PANEL", 1)
+
+
+class Float64Sizes(TorchDispatchMode):
+    "Numbers of the largest float64 tensor that any operation returns."
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for o in torch.utils._pytree.tree_leaves(result):
+            if isinstance(o, torch.Tensor) and o.dtype == torch.float64: self.largest = max(self.largest, o.numel())
+        return result
+
+
+@pytest.mark.parametrize("rows", [255, 256, 257, 800])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_panels_cover_every_row_once(g, panels, rows, batch):
+    x = torch.randn(*batch, rows, 70, generator=g)
+    assert torch.equal(torch.cat(row_panels(x), -2), x) and len(row_panels(x)) == -(-rows // 256)
+    want = x.double().numpy()
+    np.testing.assert_allclose(gram(x, torch.float64).tril().numpy(), np.tril(want.swapaxes(-1, -2) @ want), atol=1e-12 * rows)
+
+
+@pytest.mark.parametrize("method", ["auto", "gram", "randomized"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_panels_change_nothing(g, panels, method, batch):
+    "Steep spectra (float64) beside a flat one, in panels."
+    x = torch.stack([with_spectrum(s, 900, g).float() for s in (np.logspace(0, -5, 96), np.linspace(1.2, .8, 96), np.logspace(0, -8, 96))[:batch]])
+    f = leading_svd(x, 40, method)
+    assert truncation_error(f, x, 40) < 1e-4
+    assert_orthonormal(f)
+
+
+@pytest.mark.parametrize("d, K", [(900, 96), (96, 900), (300, 300)])
+def test_polar_factors_in_panels(g, panels, d, K):
+    x = with_spectrum(np.logspace(0, -3, min(d, K)), max(d, K), g)
+    x = (x if d >= K else x.mT).float()
+    u, _, vh = np.linalg.svd(x.double().numpy(), full_matrices=False)
+    assert np.abs(orthogonalize(x).numpy() - u @ vh).max() < 1e-4
+
+
+def test_no_float64_copy_of_a_large_matrix(g, panels):
+    "The memory that plans count on: panels of 256 rows, Gram matrices, and k columns."
+    x = with_spectrum(np.logspace(0, -6, 96), 4000, g).float()
+    with Float64Sizes() as sizes: leading_svd(x, 12)
+    assert 0 < sizes.largest <= 4000 * 12
+    with Float64Sizes() as sizes: orthogonalize(x)
+    assert 0 < sizes.largest <= 256 * 96
 
 
 @pytest.mark.parametrize("method", ["auto", "gram", "randomized"])

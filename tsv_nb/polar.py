@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_finite, check_option
-from .svd import full_float32, gram_eigh, in_range, leading_svd
+from .svd import full_float32, gram_eigh, in_range, leading_svd, row_panels
 from .task_vectors import at_least_float32
 
 # %% ../nbs/method/04b_polar.ipynb #61cb889e
@@ -34,11 +34,13 @@ def _polar_eigh(X: Tensor, tol: float) -> Tensor:
 # %% ../nbs/method/04b_polar.ipynb #c7810874
 def _polar_gram(X: Tensor, tol: float) -> Tensor:
     "X (X^T X)^(-1/2) for X (..., m, n), m >= n, through a Gram matrix in float64."
-    x = X.double()
-    lam, Q = gram_eigh(x, x.shape[-1])
+    lam, Q = gram_eigh(X, X.shape[-1], torch.float64)
     keep = lam > max(tol**2, 4 * torch.finfo(lam.dtype).eps) * lam[..., :1]
-    P = (x @ Q) * (torch.where(keep, lam, 1).rsqrt() * keep).unsqueeze(-2) # in float64: dividing by a short sigma magnifies what was rounded before
-    return P.to(X.dtype) @ Q.mT.to(X.dtype)
+    scale, back, result = (torch.where(keep, lam, 1).rsqrt() * keep).unsqueeze(-2), Q.mT.to(X.dtype), X.new_empty(X.shape)
+    for rows, out in zip(row_panels(X), row_panels(result)):
+        P = (rows.double() @ Q) * scale # in float64: dividing by a short sigma magnifies what was rounded before
+        out[...] = P.to(X.dtype) @ back
+    return result
 
 # %% ../nbs/method/04b_polar.ipynb #643633ac
 def _cubic(s: float, rho: float) -> float:

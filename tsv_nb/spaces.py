@@ -27,7 +27,7 @@ def shared_basis(
     "Left singular vectors of all task matrices side by side."
     T, m, n = deltas.shape
     stored = deltas.dtype if deltas.dtype.itemsize < 4 else torch.float32
-    lam, U = gram_eigh(deltas.double().transpose(1, 2).flatten(0, 1), m)
+    lam, U = gram_eigh(deltas.transpose(1, 2).flatten(0, 1), m, torch.float64)
     rank = numerical_rank(lam.clamp_min(0).sqrt(), (m, T * n), stored)
     return U[:, :rank].to(at_least_float32(deltas).dtype)
 

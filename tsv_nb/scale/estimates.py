@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.interference import interference_traffic
+from ..svd import PANEL
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #34553c5c
 class Item(NamedTuple):
@@ -35,6 +36,11 @@ class Item(NamedTuple):
         return self.parts * n_tasks * self.rank * (sum(self.part) + 1) * self.wide
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #74e5de52
+def _panel(p: int, q: int) -> int:
+    "Bytes of the float64 copy of a panel of rows of q numbers."
+    return 8 * q * min(p, max(256, PANEL // q))
+
+
 def svd_bytes(
     part: tuple[int, int], # (m, n)
     rank: int, # k
@@ -44,7 +50,7 @@ def svd_bytes(
     (q, p), k = sorted(part), rank
     if q < 64 or 2 * k > q or wide == 8: return wide * (2 * p * q + 5 * q * q)
     eigen, ritz = 8 * 4 * q * q, 8 * k * (3 * p + q) # one after the other
-    return (wide + 8) * p * q + max(eigen, ritz) + 2 * wide * k * (p + q)
+    return wide * p * q + _panel(p, q) + max(eigen, ritz) + 2 * wide * k * (p + q)
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #83a9c8b6
 def polar_bytes(
@@ -56,7 +62,7 @@ def polar_bytes(
     def _side(d):
         q, p = sorted((d, columns)) # `columns` may be more than d where the rank is full
         if q < 64: return wide * (3 * p * q + 5 * q * q)
-        return (wide + 8) * p * q + max(8 * 4 * q * q, 8 * q * q + 8 * 2 * p * q)
+        return wide * p * q + max(8 * 4 * q * q + _panel(p, q), 12 * q * q + wide * p * q + 4 * _panel(p, q))
     m, n = part
     return max(_side(m), wide * m * columns + _side(n))
 
@@ -71,7 +77,7 @@ def score_bytes(
     (m, n), K = part, n_tasks * rank
     if n_tasks < 2: return 0
     gram = interference_traffic(n_tasks, m, n, rank).route == "gram"
-    return wide * (3 * K * (m + n) + (3 * K * K if gram else m * n + 2 * K * max(rank, n_tasks) + rank * K))
+    return wide * (K * m + 3 * K * K if gram else K * (2 * m + n) + m * n + 2 * K * max(rank, n_tasks) + rank * K)
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #3b75ea40
 def tensor_bytes(
