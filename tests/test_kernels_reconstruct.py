@@ -215,27 +215,29 @@ def test_traffic():
 def test_in_the_interpreter(): interpret("reconstruct_cases.py", 150)
 
 
-MODULE = "tsv_nb.kernels.reconstruct_triton"
+MODULES = ["tsv_nb.kernels.reconstruct_triton", "tsv_nb.kernels.grouped_triton"]
 
 
-def test_compiles_and_fits(tmp_path):
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_and_fits(tmp_path, module):
     "A choice that has every tile size, type and precision on every chip; all combinations are in the slow test and in benchmarks/compile_report.py."
-    report = compile_variants(MODULE, tmp_path)
-    assert report["compiled"] >= 27 and not report["bad"], report["bad"]
+    report = compile_variants(module, tmp_path)
+    assert report["compiled"] >= 14 and not report["bad"], report["bad"]
 
 
 @pytest.mark.slow
-def test_all_compile_and_fit(tmp_path, request):
+@pytest.mark.parametrize("module", MODULES)
+def test_all_compile_and_fit(tmp_path, request, module):
     if "slow" not in request.config.getoption("-m"): pytest.skip("takes minutes; run with -m slow")
-    report = compile_variants(MODULE, tmp_path, "all")
-    assert report["compiled"] == report["listed"] > 200 and not report["bad"], report["bad"]
+    report = compile_variants(module, tmp_path, "all")
+    assert report["compiled"] == report["listed"] > 100 and not report["bad"], report["bad"]
 
 
 def test_the_committed_report_is_of_these_programs():
     pytest.importorskip("triton")
-    from tsv_nb.kernels.reconstruct_triton import CONFIGS, aot_variants
-    assert len(CONFIGS) <= 6
-    assert_report_is_current(aot_variants())
+    from tsv_nb.kernels import grouped_triton, reconstruct_triton
+    assert max(len(reconstruct_triton.CONFIGS), len(grouped_triton.GROUPED_CONFIGS)) <= 6
+    assert_report_is_current(reconstruct_triton.aot_variants() + grouped_triton.aot_variants())
 
 
 # on a GPU

@@ -123,7 +123,7 @@ def test_settings_are_the_single_source():
 
 
 LAYERS = ["method", "kernels", "vision scale", "explore", "course", "cli"]
-LEAVES = {f"tsv_nb.kernels.{o}" for o in ("aot", "reconstruct", "reconstruct_triton", "interference", "interference_triton")}
+LEAVES = {f"tsv_nb.kernels.{o}" for o in ("aot", "tiles_triton", "reconstruct", "reconstruct_triton", "grouped_triton", "interference", "interference_triton")}
 LEAF_IMPORTS = {"torch", "triton", "tsv_nb.checks"} | LEAVES # besides the standard library
 
 

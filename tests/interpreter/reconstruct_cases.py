@@ -4,8 +4,10 @@ import torch
 import triton
 from reconstruct_grid import CASES, F32, GROUPS, Case, check, group, problem
 
+from tsv_nb.kernels import grouped_triton, tiles_triton
 from tsv_nb.kernels import reconstruct_triton as rt
-from tsv_nb.kernels.reconstruct_triton import CONFIGS, GROUPED_CONFIGS, launch_grouped, launch_reconstruct
+from tsv_nb.kernels.grouped_triton import GROUPED_CONFIGS, launch_grouped
+from tsv_nb.kernels.reconstruct_triton import CONFIGS, launch_reconstruct
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.m * c.n * c.k < 1e7], ids=str) # the few large ones would take longer than all others
@@ -55,7 +57,7 @@ def test_strides_beyond_32_bits_within_a_tile(launch):
     p, stride = problem(case), 2**23
     far = torch.full((2 * stride + 40,), float("nan"))
     out = far.as_strided((3, 40), (stride, 1))
-    assert rt._wide(out) and not rt._wide(p.out)
+    assert tiles_triton._wide(out) and not tiles_triton._wide(p.out)
     if launch == "plain": launch_reconstruct(out, p.U, p.S, p.Vh, p.base, case.alpha)
     else: launch_grouped([out], [p.U], [p.S], [p.Vh], [p.base], case.alpha)
     check(case, p._replace(out=out, room=far))
@@ -101,7 +103,7 @@ def test_hints_promise_no_more_than_is_true():
     odd = torch.zeros(65 * 49 + 8)
     for expected, tensors in [(16, [even]), (16, [even, torch.zeros(0, 5)]), (16, [odd[:48][None]]), (1, [even, even[:, 16:40]]), (1, [torch.zeros(64, 41)]), (1, [even[:, 1:17]]),
                               (1, [odd[: 65 * 49].view(65, 49)[:, :48]]), (0, [even.T]), (0, [even, even[:, ::2]]), (1, [torch.zeros(5, 7)[:, ::7]])]:
-        assert rt._hint(tensors) == expected, [(o.shape, o.stride()) for o in tensors]
+        assert grouped_triton._hint(tensors) == expected, [(o.shape, o.stride()) for o in tensors]
 
 
 def test_plain_and_grouped_agree_bit_for_bit():
@@ -121,14 +123,14 @@ def test_nothing_to_do():
 def test_tables_are_built_once_and_dropped_when_old():
     cases, ps = group({}, [(20, 10, 3), (7, 9, 2)])
     args = list(zip(*[(p.out, p.U, p.S, p.Vh, p.base) for p in ps]))
-    rt._TABLES.clear()
+    grouped_triton._TABLES.clear()
     launch_grouped(*args)
-    first = next(iter(rt._TABLES.values()))
+    first = next(iter(grouped_triton._TABLES.values()))
     launch_grouped(*args)
-    assert len(rt._TABLES) == 1 and next(iter(rt._TABLES.values())) is first
-    kept = [torch.empty(20, 10) for _ in range(rt._MAX_TABLES + 3)]
+    assert len(grouped_triton._TABLES) == 1 and next(iter(grouped_triton._TABLES.values())) is first
+    kept = [torch.empty(20, 10) for _ in range(grouped_triton._MAX_TABLES + 3)]
     for o in kept: launch_grouped([o, ps[1].out], *args[1:])
-    assert len(rt._TABLES) == rt._MAX_TABLES and all(o is not first for o in rt._TABLES.values())
+    assert len(grouped_triton._TABLES) == grouped_triton._MAX_TABLES and all(o is not first for o in grouped_triton._TABLES.values())
 
 
 def test_the_tuner_never_touches_the_live_result(monkeypatch):
@@ -158,8 +160,8 @@ def test_the_tuner_measures_once_per_key(monkeypatch):
     timed = []
     monkeypatch.setattr(triton.testing, "do_bench", lambda run, **options: timed.append(run()) or {0: 3., 1: 1.}.get(len(timed) - 1, 2.))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(rt, "_BEST", {})
-    chosen = [rt.best_config("key", CONFIGS, lambda config: None, torch.device("cuda")) for _ in range(2)]
+    monkeypatch.setattr(tiles_triton, "_BEST", {})
+    chosen = [tiles_triton.best_config("key", CONFIGS, lambda config: None, torch.device("cuda")) for _ in range(2)]
     assert chosen == [CONFIGS[1]] * 2 and len(timed) == len(CONFIGS)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert rt.best_config("other", CONFIGS, None, torch.device("cuda")) is CONFIGS[0]
+    assert tiles_triton.best_config("other", CONFIGS, None, torch.device("cuda")) is CONFIGS[0]

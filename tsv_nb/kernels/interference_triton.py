@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .aot import Variant
 from .interference import PRECISIONS, _push_parts
-from .reconstruct_triton import _hopper, _nearest, best_config
+from .tiles_triton import _hopper, _nearest, best_config
 
 # %% ../../nbs/kernels/12b_interference_triton.ipynb #8e28fe21
 @triton.jit

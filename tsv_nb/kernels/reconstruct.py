@@ -180,7 +180,7 @@ def _grouped_torch(out, U, S, Vh, base, alpha, accumulate, precision):
 def _grouped_cuda(out, U, S, Vh, base, alpha, accumulate, precision):
     starts = out if accumulate else base or None
     if _compute_dtype(U[0], starts and starts[0]) == torch.float64 or not _has_triton(): return _grouped_torch(out, U, S, Vh, base, alpha, accumulate, precision)
-    from tsv_nb.kernels.reconstruct_triton import launch_grouped
+    from tsv_nb.kernels.grouped_triton import launch_grouped
     launch_grouped(out, U, S, Vh, starts, alpha, precision)
     torch.autograd.graph.increment_version(out)
 
