@@ -15,7 +15,7 @@ from test_package import ROOT, run, settings, wheel # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "tools" / "colab.py").exists(), reason="needs the source tree")
 NOT_ON_COLAB = ("tsv_nb", "__editable__", "open_clip", "mlxtend")
-CLEAN = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+CLEAN = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} # IPython adds the packages of an activated environment
 
 
 @pytest.fixture(scope="module")
