@@ -93,6 +93,14 @@ def test_half_precision_and_empty(g):
     with pytest.raises(ValueError, match="unknown orthogonalize method 'qr'; known: 'auto', 'svd', 'eigh', 'newton_schulz'"): orthogonalize(X, "qr")
 
 
+@pytest.mark.parametrize("d, K", [(300, 80), (80, 300), (30, 10)])
+@pytest.mark.parametrize("method", POLAR_METHODS)
+def test_parameters_are_taken_as_numbers(g, method, d, K):
+    X = torch.nn.Parameter(torch.randn(d, K, generator=g))
+    Q = orthogonalize(X, method)
+    assert torch.equal(Q, orthogonalize(X.data, method)) and not Q.requires_grad and X.grad is None
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("method", ACCURATE)
 def test_on_the_device(g, method):

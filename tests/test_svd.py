@@ -255,8 +255,8 @@ def test_polar_factors_in_panels(g, panels, d, K):
 def test_no_float64_copy_of_a_large_matrix(g, panels):
     "The memory that plans count on: panels of 256 rows, Gram matrices, and k columns."
     x = with_spectrum(np.logspace(0, -6, 96), 4000, g).float()
-    with Float64Sizes() as sizes: leading_svd(x, 12)
-    assert 0 < sizes.largest <= 4000 * 12
+    with Float64Sizes() as sizes: leading_svd(x, 30) # sigma_30 < 0.03 sigma_1
+    assert 4000 * 30 == sizes.largest
     with Float64Sizes() as sizes: orthogonalize(x)
     assert 0 < sizes.largest <= 256 * 96
 
@@ -277,6 +277,12 @@ def test_auto_takes_the_exact_route_where_it_should(g, monkeypatch):
     monkeypatch.setattr(module, "exact_svd", lambda x, k: calls.append(tuple(x.shape)) or exact_svd(x, k))
     for x, k in ((torch.randn(90, 63), 5), (torch.randn(90, 70), 36), (torch.randn(90, 70).double(), 5), (torch.randn(90, 70), 35)): leading_svd(x, k)
     assert calls == [(90, 63), (90, 70), (90, 70)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_are_taken_as_numbers(g, method):
+    x = torch.nn.Parameter(torch.stack([with_spectrum(np.logspace(0, -d, 70), 90, g).float() for d in (0, 6)]))
+    for o, want in zip(leading_svd(x, 20, method), leading_svd(x.data, 20, method)): assert torch.equal(o, want) and not o.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 0, 4, 4)])

@@ -160,7 +160,7 @@ class _Dropped(Mapping):
     def __iter__(self) -> Iterator[str]: return iter(self.vector)
     def __len__(self) -> int: return len(self.vector)
 
-
+# %% ../nbs/method/06_baselines.ipynb #76c2abc4
 def dare_merge(
     vectors: Vectors, # {task name: task vector}, or a list of task vectors (then named "0", "1", …)
     drop: float = .9, # probability of an entry to be dropped, in [0, 1)

@@ -157,7 +157,7 @@ def boost_singular_values(
     for name, m in merged.items(): check_finite(name, m, "merged task vector: tensor")
     return fitting({name: _boosted(m, beta).to(m.dtype) if is_matrix(name, m, exclude) else m.clone() for name, m in merged.items()}, "merged tensor")
 
-
+# %% ../nbs/method/07_beyond.ipynb #97faa27e
 def boosted_merge(
     vectors: Vectors, # {task name: task vector}, or a list of task vectors
     base: str | Callable[..., dict[str, Tensor]] = "task_arithmetic", # one of BASE_METHODS, or a merge function

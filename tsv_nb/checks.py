@@ -98,7 +98,7 @@ def check_state_dict(
         hint = f"; pass checkpoint[{name!r}]" if isinstance(value, Mapping) else "; keep only the tensors"
         raise TypeError(f"{what}: entry {name!r} is a {type(value).__name__}, not a tensor{hint}.")
 
-
+# %% ../nbs/method/00a_checks.ipynb #7f81942f
 def check_vector(
     vector: Mapping[str, Tensor], # what was passed as a task vector
     what: str = "task vector", # how the message calls it

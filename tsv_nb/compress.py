@@ -78,7 +78,7 @@ def _components(delta: Tensor, rank: int | None, ratio: float, fraction: float |
     check_rank(rank, f"leave it out to use ratio={ratio}")
     return min(rank, r)
 
-
+# %% ../nbs/method/03_compress.ipynb #d84d0b07
 def compress(
     vector: Mapping[str, Tensor], # a task vector
     rank: int | None = None, # components per matrix; default: as many as `ratio` allows
@@ -150,7 +150,7 @@ def written_whole(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-
+# %% ../nbs/method/03_compress.ipynb #4cac7499
 def save_atomic(
     tensors: Mapping[str, Tensor], # what to write
     path: str | Path, # where; its folder is created
@@ -199,7 +199,7 @@ def read_kind(
     if meta.get("kind") != kind: raise ValueError(f"{str(path)!r} is a safetensors file, but holds no {what}; make one with `{advice}`.")
     return meta, {name: t.to(device) for name, t in tensors.items()}
 
-
+# %% ../nbs/method/03_compress.ipynb #265d8c6a
 def _factors(path: Path, tensors: dict[str, Tensor], name: str) -> Factors:
     "The factors of one matrix, complete, of shapes and types that fit."
     parts = [tensors.get(f"{part}/{name}") for part in Factors._fields]

@@ -24,7 +24,7 @@ def stack_factors(
 ) -> Factors: # U (T, m, k), S (T, k), Vh (T, k, n) with k = max(k_t), padded with zeros
     "Stack the factors of several tasks along a new task dimension."
     k = max(f.rank for f in factors)
-    def _grow(f): return pad(f.U, (0, k - f.rank)), pad(f.S, (0, k - f.rank)), pad(f.Vh, (0, 0, 0, k - f.rank))
+    def _grow(f): return f if f.rank == k else (pad(f.U, (0, k - f.rank)), pad(f.S, (0, k - f.rank)), pad(f.Vh, (0, 0, 0, k - f.rank)))
     return Factors(*(torch.stack(parts) for parts in zip(*map(_grow, factors))))
 
 # %% ../nbs/method/04_interference.ipynb #6c313550

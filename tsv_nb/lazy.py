@@ -109,7 +109,7 @@ class ShardedFile(TensorFile):
         return {name: shard.header(name) for name, shard in self.shards.items()}
     def _read(self, names) -> dict[str, Tensor]: return {name: self.shards[name][name] for name in names}
 
-
+# %% ../nbs/method/01b_lazy_vectors.ipynb #12fe6e06
 def _guess(path: Path) -> type[TensorFile]:
     "The kind of a file whose name does not say it: pickles, zipped or not, begin in their own ways."
     if not path.is_file(): return SafetensorsFile

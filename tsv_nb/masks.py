@@ -81,7 +81,7 @@ def check(
             raise ValueError(f"tensor {name!r}: the masks are for shape {tuple(shape)}, the task vector has {tuple(header(vector, name).shape)}; "
                              "the masks were made for another model.")
 
-
+# %% ../nbs/method/06b_masks.ipynb #c0d54af7
 @patch
 def apply(
     self: TaskMasks,

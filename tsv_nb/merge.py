@@ -57,7 +57,7 @@ def merge_plan(
     "What `tsv_merge` will do with every entry, without doing it."
     return _plan(named_vectors(vectors), rank, split, small, exclude)
 
-
+# %% ../nbs/method/05_merge.ipynb #b54136d4
 def _plan(vectors, rank, split, small, exclude) -> dict[str, Treatment]:
     "The plan for task vectors that have been checked."
     check_option("value for small", small, ("raise", "average"))
@@ -135,7 +135,7 @@ def _merge_entries(names, vectors, treatment, method, split, weights) -> list[Te
     deltas = torch.stack(layers, 1) if len(names) > 1 else layers.pop().unsqueeze(1) # no copy of a single layer
     return [layer.flatten(0, 1) for layer in _merge_matrices(deltas, treatment.rank, method, weights)]
 
-
+# %% ../nbs/method/05_merge.ipynb #ea7ebd6f
 def tsv_merge(
     vectors: Vectors, # {task name: task vector}, or a list of task vectors
     rank: int | str | None = None, # components per task; default min(m, n) // T; "full" keeps all (no low-rank step)

@@ -70,7 +70,7 @@ class PageLinks:
         for cell in self.nb.cells:
             if cell.cell_type == "code" and cell.source: cell.source = valid_options(cell.source, _parsed)
 
-
+# %% ../nbs/reference/63_pages.ipynb #659eda5e
 def _parsed(text):
     "A piece of YAML; ValueError where it is none."
     import yaml

@@ -36,10 +36,11 @@ def _polar_gram(X: Tensor, tol: float) -> Tensor:
     "X (X^T X)^(-1/2) for X (..., m, n), m >= n, through a Gram matrix in float64."
     lam, Q = gram_eigh(X, X.shape[-1], torch.float64)
     keep = lam > max(tol**2, 4 * torch.finfo(lam.dtype).eps) * lam[..., :1]
-    scale, back, result = (torch.where(keep, lam, 1).rsqrt() * keep).unsqueeze(-2), Q.mT.to(X.dtype), X.new_empty(X.shape)
-    for rows, out in zip(row_panels(X), row_panels(result)):
+    scale, back, result, start = (torch.where(keep, lam, 1).rsqrt() * keep).unsqueeze(-2), Q.mT.to(X.dtype), X.new_empty(X.shape), 0
+    for rows in row_panels(X):
         P = (rows.double() @ Q) * scale # in float64: dividing by a short sigma magnifies what was rounded before
-        out[...] = P.to(X.dtype) @ back
+        stop = start + rows.shape[-2]
+        result[..., start:stop, :], start = P.to(X.dtype) @ back, stop
     return result
 
 # %% ../nbs/method/04b_polar.ipynb #643633ac
@@ -85,12 +86,12 @@ def orthogonalize(
     X: Tensor, # (..., d, K) columns to make orthonormal (rows, if K > d)
     method: str = "auto", # one of POLAR_METHODS; "eigh" loses accuracy as 1 / sigma_min^2
     tol: float | None = None, # directions shorter than tol * sigma_max are left out; default max(d, K) * eps
-) -> Tensor: # (..., d, K) the polar factor of X: nearest to X among all matrices with orthonormal columns
+) -> Tensor: # (..., d, K) the polar factor of X: nearest to X among all matrices with orthonormal columns; carries no gradient
     "Replace a matrix by its polar factor (orthogonal Procrustes, symmetric whitening)."
     check_option("orthogonalize method", method, POLAR_METHODS)
     if X.numel() == 0: return X.clone()
     check_finite("X", X)
-    x = in_range(at_least_float32(X))[0] # the polar factor is the same in any unit
+    x = in_range(at_least_float32(X.detach()))[0] # the polar factor is the same in any unit
     if tol is None: tol = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
     with full_float32():
         if x.shape[-2] < x.shape[-1]: return POLAR_METHODS[method](x.mT, tol).mT.to(X.dtype)

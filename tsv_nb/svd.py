@@ -41,7 +41,7 @@ def row_panels(
     "A matrix as bands of rows of about PANEL numbers, at least 256 rows."
     return x.split(max(256, PANEL // max(1, x[..., :1, :].numel())), -2)
 
-
+# %% ../nbs/method/02b_fast_svd.ipynb #04660b9c
 def gram(
     x: Tensor, # (..., m, n)
     dtype: torch.dtype | None = None, # of the sums and the result; default: that of `x`
@@ -147,7 +147,7 @@ def _eigenblock(G: Tensor, Q: Tensor, rank: int, tol: float, max_iter: int, leas
         for _ in range(rounds): Q = _orthonormal(_filtered(G, Q, theta))
         done, last = done + rounds, worst
 
-
+# %% ../nbs/method/02b_fast_svd.ipynb #a82cf891
 def randomized_svd(
     x: Tensor, # (..., m, n) with m >= n, float32 or float64
     rank: int, # components to compute
@@ -225,9 +225,10 @@ def leading_svd(
     x: Tensor, # (..., m, n) in float32 or float64
     rank: int, # components, at most min(m, n)
     method: str = "auto", # one of SVD_METHODS
-) -> SVD: # U (..., m, k), S (..., k), Vh (..., k, n) in the dtype of `x`
+) -> SVD: # U (..., m, k), S (..., k), Vh (..., k, n) in the dtype of `x`; they carry no gradient
     "The `rank` largest singular components of a matrix or of each matrix in a batch."
     check_option("SVD method", method, SVD_METHODS)
+    x = x.detach()
     if x.shape[-2] < x.shape[-1]:
         U, S, Vh = leading_svd(x.mT, rank, method)
         return Vh.mT, S, U.mT

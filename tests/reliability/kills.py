@@ -348,7 +348,7 @@ WORKS = {w.name: w for w in (MergeWork, FileWork, ReplaceWork, SuiteWork, Record
 
 
 def cut(rounds, seed, folder):
-    "A file of a task is cut at a random moment of a merge; how the merges end."
+    "A file of a task is cut at some moment of a merge, from its beginning to after its end; how the merges end."
     rng, folder, work, ends, start = random.Random(seed), Path(folder), MergeWork(), collections.Counter(), time.perf_counter()
     work.prepare(folder)
     work.run(folder / "warm")
@@ -366,7 +366,7 @@ def cut(rounds, seed, folder):
         if pid == 0:
             try: run(out); os._exit(0)
             except BaseException: traceback.print_exc(); os._exit(1)
-        time.sleep(i and rng.uniform(0, 1.2 * seconds)) # the first at once: it cannot finish
+        time.sleep(1.2 * seconds * i / rounds) # the first at once: it cannot finish
         os.truncate(path, rng.randrange(len(whole)))
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code: ends[f"signal {-code}" if code < 0 else "another error"] += 1

@@ -200,11 +200,11 @@ def test_a_file_that_changes_during_the_run(own, tmp_path, change, which):
 
 @pytest.mark.parametrize("rounds", [12, pytest.param(200, marks=pytest.mark.long)])
 def test_a_file_that_is_cut_while_it_is_read(rounds):
-    "At random moments, in children: each ends with the result or with an error, and none by a signal."
+    "At many moments, in children: each ends with the result or with an error, and none by a signal."
     run = subprocess.run([sys.executable, Path(__file__).with_name("kills.py"), "--cut", str(rounds)], env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     ends = json.loads(run.stdout.splitlines()[-1])["ends"]
-    assert set(ends) <= {"finished", "refused"} and ends["refused"] > rounds // 20
+    assert set(ends) <= {"finished", "refused"} and ends["refused"] > max(1, rounds // 20)
 
 
 def test_archives_that_are_cut_after_they_were_loaded(tmp_path):

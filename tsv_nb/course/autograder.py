@@ -105,7 +105,7 @@ def _quiet(self: GuardedExecute, source: str, seconds: int | None = None) -> str
     finally: self.nb.cells[0], self.timeout = first, limit
     return "".join(f"{o.ename}: {o.evalue}" if o.output_type == "error" else o.get("text", "") for o in cell.outputs)
 
-
+# %% ../../nbs/course/51b_autograder.ipynb #f987f1fa
 @patch
 def _protect(self: GuardedExecute):
     "Put the guard into a new kernel and repeat what had worked in the old one."

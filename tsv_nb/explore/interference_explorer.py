@@ -147,7 +147,7 @@ def _ticks(ax: Axes, names: Sequence[str], which: str, **style) -> None:
     step = math.ceil(len(names) / 24)
     getattr(ax, f"set_{which}ticks")(range(0, len(names), step), names[::step], **style)
 
-
+# %% ../../nbs/explore/41b_interference.ipynb #ac2188c3
 def _scene(figure: Figure, c: Collision) -> dict[str, Axes]:
     "Empty maps and axes for angles, with their ticks and labels."
     tasks, layers, K = c.atlas.tasks, [_short(o) for o in c.atlas.layers], max(c.atlas.scores)

@@ -71,7 +71,7 @@ class Step(NamedTuple):
         accs = self.table.accuracy(self.tasks, self.method, self.alpha)
         return 100 * sum(a * (1 - a) / self.table.images[t] for t, a in accs.items()) ** .5 / len(accs)
 
-
+# %% ../../nbs/explore/41c_playground.ipynb #065ca411
 def _needed(table: MergeTable, tasks: tuple[str, ...], method: str, alpha: float) -> list[tuple]:
     "Arguments of `accuracy` that a step asks for."
     others = [tuple(o for o in tasks if o != t) for t in tasks] if len(tasks) > 1 else []

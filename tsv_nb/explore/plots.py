@@ -38,6 +38,7 @@ METHOD_COLORS = {
     "TALL masks": "#117733", "magnitude masks": "#AAAA00",
 }
 
+# %% ../../nbs/explore/40_plots.ipynb #48d77a3b
 Scores = Mapping[str, Mapping[str, float]]
 
 

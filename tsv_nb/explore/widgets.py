@@ -66,7 +66,7 @@ def draw_scene(self: Picture,
         self.canvas.draw()
     self.kept = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
 
-
+# %% ../../nbs/explore/41_widgets.ipynb #b299c963
 @patch
 def png(self: Picture,
     result: object, # passed to `marks`

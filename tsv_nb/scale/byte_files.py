@@ -118,7 +118,7 @@ _VERSION = ("mtime", "created", "uploaded_at", "LastModified", "last_modified", 
             "ETag", "etag", "md5Hash", "Content-MD5", "Digest", "crc32c", "CRC", "sha", "blob_id", "xet_hash", "lfs", "generation", "version_id", "VersionId") # digests and numbers
 _WHOLE = "does not answer ranges of bytes, and a checkpoint is read in pieces; download the file first and give its path."
 
-
+# %% ../../nbs/scale/30a1_byte_files.ipynb #6084bd4a
 class RemoteFile(ByteFile):
     "An object behind an address that fsspec knows, read in ranges of bytes."
     samples = 3 # each is two requests

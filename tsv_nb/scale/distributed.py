@@ -196,7 +196,7 @@ def landed(self: _Flight, timeout: float = 1.) -> Iterator[int]: # an error of t
             self.cancel([other for other, u in self.flying.items() if u == unit])
             yield unit
 
-
+# %% ../../nbs/scale/32_distributed.ipynb #8bc6deb2
 @patch
 def compare(self: _Flight, theirs: dict) -> None:
     "Warn if a node computes otherwise than this process or, on GPUs, than the first one."

@@ -77,7 +77,7 @@ def score_bytes(
     (m, n), K = part, n_tasks * rank
     if n_tasks < 2: return 0
     gram = interference_traffic(n_tasks, m, n, rank).route == "gram"
-    return wide * (K * m + 3 * K * K if gram else K * (2 * m + n) + m * n + 2 * K * max(rank, n_tasks) + rank * K)
+    return wide * (K * m + 3 * K * K if gram else K * (2 * m + n) + 2 * m * n + rank * m + 2 * K * max(rank, n_tasks) + rank * K)
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #3b75ea40
 def tensor_bytes(
@@ -91,7 +91,7 @@ def tensor_bytes(
     if not item.rank: return {"average": N * (b + c + max(t, o)), "store": N * (b + 3 * c + max(t, o))}
     F, K = item.factors(n_tasks), n_tasks * item.rank
     return {"subtract": subtract + F, "decompose": N * (b + 2 * c) + F + svd_bytes(item.part, item.rank, c),
-            "score": N * b + 2 * F + score_bytes(item.part, item.rank, n_tasks, c), "orthogonalize": N * b + F + polar_bytes(item.part, K, c),
+            "score": N * b + max(3 * F, 2 * F + score_bytes(item.part, item.rank, n_tasks, c)), "orthogonalize": N * b + F + polar_bytes(item.part, K, c),
             "multiply": N * (b + 2 * o + 2 * c * (o < c)) + F + 2 * c * K * sum(item.part)}
 
 # %% ../../nbs/scale/30b3_estimates.ipynb #8b779c20

@@ -50,7 +50,7 @@ def _stranger(names: Sequence[str], task: Mapping) -> str:
         if n.endswith("." + first): return f"the base's names begin with {n[:-len(first)]!r}, its own do not; save it again under the names of the base"
     return f"it begins with {first!r}, the base with {next(iter(names), '')!r}; it is another architecture, or saved under other names"
 
-
+# %% ../../nbs/scale/30b4_match.ipynb #9f590dc6
 def check_keys(
     names: Sequence[str], # what is needed
     base: Mapping,

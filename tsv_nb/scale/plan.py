@@ -159,7 +159,7 @@ def _parts_of(archive: Mapping, where: str) -> dict[str, dict[str, torch.Tensor]
         if "dense" not in parts and {*parts} != {"U", "S", "Vh"}: raise ValueError(f"{where} is damaged: of matrix {name!r} it has only {', '.join(parts)}.")
     return found
 
-
+# %% ../../nbs/scale/30b_plan.ipynb #69c3dc8c
 def _draw_archived(name: str, start: torch.Tensor, parts: Mapping[str, torch.Tensor], where: str, options: dict) -> Drawn:
     "The line of a tensor of the base, of which an archive has a change."
     dtype = getattr(torch, options["dtype"] or _said(start.dtype)) if start.is_floating_point() else start.dtype

@@ -95,7 +95,7 @@ def svhn_images(
     images = np.ascontiguousarray((X if X.ndim == 4 else X[..., None]).transpose(3, 0, 1, 2))
     return ArrayImages(images, np.where(y == 10, 0, y), 10, path, transform)
 
-
+# %% ../../nbs/vision/22b2_archives.ipynb #24db468d
 def cars_images(
     folder: str | Path, # holds devkit/, cars_train/, cars_test/, cars_test_annos_withlabels.mat
     split: str, # "train" or "test"

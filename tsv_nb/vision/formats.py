@@ -73,7 +73,7 @@ def check_labels(
                              "an unlabeled test set cannot be used, and labels counted from 1 must be renamed.")
     return [int(label) for label in labels]
 
-
+# %% ../../nbs/vision/22b_formats.ipynb #b943a721
 class TaskImages(torch.utils.data.Dataset):
     "Labeled images; subclasses say how image `i` is read (`read`) and what it is called (`where`)."
     def __init__(self, labels, n_classes, name, transform=None):
@@ -121,7 +121,7 @@ class FileImages(TaskImages):
         "The path of file `i`."
         return self.paths[i]
 
-
+# %% ../../nbs/vision/22b_formats.ipynb #9253a54f
 def folder_images(
     folder: str | Path, # holds one folder per class
     classnames: Sequence[str], # in label order

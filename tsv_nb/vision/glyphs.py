@@ -31,7 +31,7 @@ def glyph_name(
     spelled = re.sub(r"\d", lambda digit: f" {_DIGITS[int(digit[0])]} ", unicodedata.name(char).lower())
     return " ".join(re.findall("[a-z]+", spelled))
 
-
+# %% ../../nbs/vision/21_glyphs.ipynb #923ab824
 @dataclass(frozen=True)
 class Domain:
     "How a task's images look."
@@ -123,7 +123,7 @@ def _task_masks(task: GlyphTask, split: str, generator: torch.Generator) -> tupl
     pick = (torch.rand(n, generator=generator) * counts[labels]).long() + (counts.cumsum(0) - counts)[labels]
     return torch.cat(variants)[pick], labels
 
-
+# %% ../../nbs/vision/21_glyphs.ipynb #78775e54
 def task_images(
     name: str, # one of GLYPH_TASKS
     split: str, # "train", "val" or "test"; no image is in two of them

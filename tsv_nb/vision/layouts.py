@@ -98,7 +98,7 @@ class Tower(Mapping):
     def __iter__(self) -> Iterator[str]: return iter(self.headers)
     def __len__(self) -> int: return len(self.headers)
 
-
+# %% ../../nbs/vision/20c_layouts.ipynb #4447b983
 def hf_to_open_clip(
     state: Mapping[str, Tensor], # state dict of a CLIPVisionModelWithProjection, CLIPModel or CLIPVisionModel
     proj: Tensor | None = None, # (width, embed), open_clip's `proj`, for a state dict without visual_projection.weight

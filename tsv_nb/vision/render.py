@@ -63,7 +63,7 @@ def _center(ink: Tensor) -> Tensor:
     mask[top:top + h, left:left + w] = ink.to(torch.uint8)
     return mask
 
-
+# %% ../../nbs/vision/20b_render.ipynb #ed892f0f
 @functools.cache
 def glyph_masks(
     char: str, # one character
