@@ -151,6 +151,25 @@ def test_weights_scale_tasks(vectors):
     torch.testing.assert_close(twice["w"], 2 * tsv_merge(vectors)["w"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, shape, dim", [("attn.in_proj_weight", (48, 16), 0), ("attn.qkv.weight", (48, 16), 0), ("attn.c_attn.weight", (16, 48), 1), ("attn.c_attn.weight", (48, 16), 0), ("to_qkv.weight", (24, 16), 0)])
+def test_fused_layers_of_any_library_are_three_merges(g, name, shape, dim, dtype):
+    "In two layers of one shape, which are merged as a batch, beside one that is not fused."
+    vectors = [{f"{i}.{n}": torch.randn(shape, generator=g).to(dtype) for i in range(2) for n in (name, "w")} for _ in range(3)]
+    merged, whole = tsv_merge(vectors, split="qkv"), tsv_merge(vectors)
+    for i in range(2):
+        parts = [tsv_merge([{"w": v[f"{i}.{name}"].chunk(3, dim)[p].contiguous()} for v in vectors])["w"] for p in range(3)]
+        torch.testing.assert_close(merged[f"{i}.{name}"], torch.cat(parts, dim), rtol=1e-5, atol=1e-5)
+        assert torch.equal(merged[f"{i}.w"], whole[f"{i}.w"]) and not torch.allclose(merged[f"{i}.{name}"].float(), whole[f"{i}.{name}"].float(), atol=.1)
+
+
+def test_a_plan_says_what_is_not_split(g):
+    plan = merge_plan([{"h.query_key_value.weight": torch.randn(48, 16, generator=g), "qkv.weight": torch.randn(48, 16, generator=g)}] * 2, split="qkv")
+    assert plan["h.query_key_value.weight"].reason.endswith("not split, q, k and v of each head lie together") and "not split" not in plan["qkv.weight"].reason
+    assert "not split" not in merge_plan([{"h.query_key_value.weight": torch.randn(48, 16, generator=g)}])["h.query_key_value.weight"].reason
+    with pytest.raises(ValueError, match="'qkv.weight' of shape .10, 4. cannot be split"): merge_plan([{"qkv.weight": torch.ones(10, 4)}], split="qkv")
+
+
 def test_split_qkv_is_three_merges(g):
     v = make_vectors(g, 2, {"attn.in_proj_weight": (36, 12)})
     out = tsv_merge(v, split="qkv")["attn.in_proj_weight"]

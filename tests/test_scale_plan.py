@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 
 from tsv_nb.checks import StateDictKeyError
 from tsv_nb.compress import compress
+from tsv_nb.fused import Cut, cut_of
 from tsv_nb.merge import merge_plan
 from tsv_nb.scale import estimates, rules
 from tsv_nb.scale.checkpoints import open_checkpoint
 from tsv_nb.scale.match import match_tensors
 from tsv_nb.scale.plan import DTYPES, make_plan
 from tsv_nb.scale.planned import COMMANDS, Plan, cut_units, fill, size_bytes
-from tsv_nb.scale.rules import KINDS, Cut, Rules, cut_of, kind_of
+from tsv_nb.scale.rules import KINDS, Rules, kind_of
 from tsv_nb.task_vectors import task_vector
 
 

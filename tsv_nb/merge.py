@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checks import check_option, check_rank, fitting
+from .fused import cut_of, left_whole, stack_parts, unstack_parts
 from .interference import layer_factors
 from .kernels.reconstruct import lowrank_reconstruct
 from .low_rank import Factors
@@ -40,17 +41,10 @@ def _share(name: str, shape: tuple[int, int], n_tasks: int, rank: int | str | No
     raise ValueError(f"tensor {name!r}: {problem}; {hint}merge fewer tasks, exclude the tensor, or pass small='average'.")
 
 # %% ../nbs/method/05_merge.ipynb #7bccd9fd
-def _parts(name: str, shape: tuple[int, ...], split: str | None) -> int:
-    "The number of matrices an entry is merged as: one, or three for a fused q, k, v."
-    if split != "qkv" or not name.endswith("in_proj_weight"): return 1
-    if shape[0] % 3: raise ValueError(f"tensor {name!r} of shape {tuple(shape)} cannot be split into q, k and v; leave split out.")
-    return 3
-
-
 def merge_plan(
     vectors: Vectors, # task vectors
     rank: int | str | None = None, # components per task; default min(m, n) // T; "full" keeps all of them
-    split: str | None = None, # "qkv": the thirds of a fused in_proj_weight count as matrices of their own
+    split: str | None = None, # "qkv": query, key and value count as matrices of their own where they are fused (`cut_of` knows how)
     small: str = "raise", # a matrix too small for its tasks: "raise" a ValueError, or "average" it like a vector
     exclude: Sequence[str] = ("text_projection",), # keys that are averaged although they are matrices
 ) -> dict[str, Treatment]: # name -> what tsv_merge will do with it
@@ -69,8 +63,8 @@ def _plan(vectors, rank, split, small, exclude) -> dict[str, Treatment]:
         if not any(moved(v, name) for v in vectors.values()): plan[name] = Treatment("zero", 0, "did not move in any task")
         elif not is_matrix(name, entry, exclude): plan[name] = Treatment("average", 0, "not a task matrix")
         else:
-            m, n = entry.shape
-            plan[name] = _share(name, (m // _parts(name, entry.shape, split), n), len(vectors), rank, small)
+            plan[name] = _share(name, cut_of(name, entry.shape, split).shape(entry.shape), len(vectors), rank, small)
+            if split and (why := left_whole(name, entry.shape)): plan[name] = plan[name]._replace(reason=f"{plan[name].reason}; not split, {why}")
     return plan
 
 # %% ../nbs/method/05_merge.ipynb #c2ddffd0
@@ -110,7 +104,7 @@ def _mean(entries: Tensor, weights: Sequence[float]) -> Tensor:
     return (sum(w * at_least_float32(e) for e, w in zip(entries, weights)) / len(entries)).to(entries.dtype)
 
 # %% ../nbs/method/05_merge.ipynb #0d807460
-def _batches(plan: Mapping[str, Treatment], vector: Mapping[str, Tensor], n_tasks: int, batch_bytes: int | None) -> list[list[str]]:
+def _batches(plan: Mapping[str, Treatment], vector: Mapping[str, Tensor], n_tasks: int, batch_bytes: int | None, split: str | None = None) -> list[list[str]]:
     "Entries to be processed together: matrices of one shape, dtype and rank within the memory bound; everything else alone."
     groups, latest = [], {}
     for name, treatment in plan.items():
@@ -118,7 +112,7 @@ def _batches(plan: Mapping[str, Treatment], vector: Mapping[str, Tensor], n_task
         bound = batch_bytes or (2**32 if entry.is_cuda else 2**28)
         needed = 3 * n_tasks * entry.numel() * max(4, entry.dtype.itemsize) # the tasks' matrices, their factors, and work
         limit = bound // needed if treatment.how == "merge" else 1
-        kind = (entry.shape, entry.dtype, treatment, name.endswith("in_proj_weight"))
+        kind = (entry.shape, entry.dtype, treatment, cut_of(name, entry.shape, split if limit > 1 else None))
         if kind not in latest or len(latest[kind]) >= limit:
             latest[kind] = []
             groups.append(latest[kind])
@@ -131,16 +125,17 @@ def _merge_entries(names, vectors, treatment, method, split, weights) -> list[Te
     first = header(next(iter(vectors.values())), names[0])
     if treatment.how == "zero": return [torch.zeros_like(first, memory_format=torch.contiguous_format)]
     if treatment.how == "average": return [_mean(stacked_entries(vectors, names[0]), weights)]
-    layers = [stacked_entries(vectors, name).unflatten(1, (_parts(name, first.shape, split), -1)) for name in names] # each (T, parts, m, n)
+    cut = cut_of(names[0], first.shape, split)
+    layers = [stack_parts(stacked_entries(vectors, name), cut) for name in names] # each (T, parts, m, n)
     deltas = torch.stack(layers, 1) if len(names) > 1 else layers.pop().unsqueeze(1) # no copy of a single layer
-    return [layer.flatten(0, 1) for layer in _merge_matrices(deltas, treatment.rank, method, weights)]
+    return [unstack_parts(layer, cut) for layer in _merge_matrices(deltas, treatment.rank, method, weights)]
 
 # %% ../nbs/method/05_merge.ipynb #ea7ebd6f
 def tsv_merge(
     vectors: Vectors, # {task name: task vector}, or a list of task vectors
     rank: int | str | None = None, # components per task; default min(m, n) // T; "full" keeps all (no low-rank step)
     orthogonalize: str | None = "auto", # one of POLAR_METHODS, or None (no orthogonalization)
-    split: str | None = None, # "qkv" merges the thirds of a fused in_proj_weight separately
+    split: str | None = None, # "qkv" merges query, key and value separately where they are fused in one tensor
     weights: Sequence[float] | Mapping[str, float] | None = None, # one factor per task; default: 1 for each
     small: str = "raise", # a matrix with fewer dimensions than tasks: "raise", or "average" it like a vector
     progress: bool | Callable[[Iterable], Iterable] | None = None, # True for a progress bar, or a function that wraps the iteration
@@ -151,7 +146,7 @@ def tsv_merge(
     if orthogonalize is not None: check_option("orthogonalize method", orthogonalize, POLAR_METHODS)
     vectors = named_vectors(vectors)
     plan, weights = _plan(vectors, rank, split, small, exclude), task_weights(weights, vectors)
-    groups = _batches(plan, next(iter(vectors.values())), len(vectors), batch_bytes)
+    groups = _batches(plan, next(iter(vectors.values())), len(vectors), batch_bytes, split)
     of, done = {name: names for names in groups for name in names}, {}
     for name in (tqdm if progress is True else progress or iter)(list(of)):
         if name in done: continue

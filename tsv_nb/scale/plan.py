@@ -17,11 +17,12 @@ import torch
 from .. import __version__
 from ..checks import check_option, check_rank, check_same_keys
 from ..compress import rank_for_ratio
+from ..fused import Cut, cut_of, left_whole
 from ..polar import POLAR_METHODS
 from .estimates import STEPS, Item, measured_rates, process_bytes, run_seconds, tensor_bytes, tensor_seconds
 from .match import Match, match_tensors, second_names
 from .planned import COMMANDS, Plan, PlannedTensor, cut_units, fill, size_bytes
-from .rules import Cut, Rules, cut_of, left_whole
+from .rules import Rules
 from .tables import group_names
 from ..task_vectors import header, task_weights
 

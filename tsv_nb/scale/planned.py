@@ -28,7 +28,7 @@ class PlannedTensor:
     how: str # "merge" (decompose), "average", or "copy" (take the base's; in an archive: a change of zero)
     rank: int # components per task (and part), 0 unless decomposed
     reason: str # in words
-    parts: int = 1 # matrices it counts as, 3 for a fused q, k, v that is split: scale.rules.cut_of(name, shape, split) cuts and joins
+    parts: int = 1 # matrices it counts as, 3 for a fused q, k, v that is split: fused.cut_of(name, shape, split) cuts and joins
     rows: int | None = None # vocab="common": only so many rows are worked on, the others are the base's; None: all
     absent: tuple[str, ...] = () # missing="base": tasks that lack it; their task matrix is zero
     @property

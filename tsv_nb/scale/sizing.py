@@ -18,9 +18,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from ..fused import cut_of
 from .estimates import Item, Rates, step_seconds
 from .planned import Plan, PlannedTensor
-from .rules import cut_of
 
 # %% ../../nbs/scale/32b_sizing.ipynb #69e8e7a1
 @dataclass(frozen=True)

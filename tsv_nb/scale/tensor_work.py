@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..checks import check_finite, fitting
 from ..compress import CompressedTaskVector, compress
+from ..fused import cut_of
 from ..interference import layer_factors, singular_task_interference, stack_factors
 from ..low_rank import Factors
 from ..merge import merge_factors, whiten_factors
 from .parts import Entry, entry_of
 from .planned import Plan, PlannedTensor
-from .rules import cut_of
 from ..svd import in_range, svd_residual
 from ..task_vectors import task_weights
 
