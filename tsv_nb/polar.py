@@ -38,9 +38,9 @@ def _polar_gram(X: Tensor, tol: float) -> Tensor:
     keep = lam > max(tol**2, 4 * torch.finfo(lam.dtype).eps) * lam[..., :1]
     scale, back, result, start = (torch.where(keep, lam, 1).rsqrt() * keep).unsqueeze(-2), Q.mT.to(X.dtype), X.new_empty(X.shape), 0
     for rows in row_panels(X):
-        P = (rows.double() @ Q) * scale # in float64: dividing by a short sigma magnifies what was rounded before
         stop = start + rows.shape[-2]
-        result[..., start:stop, :], start = P.to(X.dtype) @ back, stop
+        result[..., start:stop, :] = ((rows.double() @ Q) * scale).to(X.dtype) @ back # in float64: dividing by a short sigma magnifies what was rounded before
+        start = stop
     return result
 
 # %% ../nbs/method/04b_polar.ipynb #643633ac

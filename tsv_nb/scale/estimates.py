@@ -62,7 +62,7 @@ def polar_bytes(
     def _side(d):
         q, p = sorted((d, columns)) # `columns` may be more than d where the rank is full
         if q < 64: return wide * (3 * p * q + 5 * q * q)
-        return wide * p * q + max(8 * 4 * q * q + _panel(p, q), 12 * q * q + wide * p * q + 4 * _panel(p, q))
+        return wide * p * q + max(8 * 4 * q * q + _panel(p, q), 12 * q * q + wide * p * q + 2 * _panel(p, q))
     m, n = part
     return max(_side(m), wide * m * columns + _side(n))
 
