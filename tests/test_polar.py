@@ -109,6 +109,11 @@ def test_on_the_device(g, method):
     assert error(orthogonalize(X.cuda(), method, TOL).cpu(), polar64(X)) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_other_numbers_are_an_error(dtype):
+    with pytest.raises(TypeError, match=f"X is {dtype}; orthogonalize takes real floating-point numbers"): orthogonalize(torch.ones(4, 3).to(dtype))
+
+
 @pytest.mark.parametrize("method", POLAR_METHODS)
 def test_nan_is_an_error(method):
     "A comparison with NaN is false: every direction would be left out, and the answer be zeros."

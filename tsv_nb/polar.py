@@ -89,6 +89,7 @@ def orthogonalize(
 ) -> Tensor: # (..., d, K) the polar factor of X: nearest to X among all matrices with orthonormal columns; carries no gradient
     "Replace a matrix by its polar factor (orthogonal Procrustes, symmetric whitening)."
     check_option("orthogonalize method", method, POLAR_METHODS)
+    if not X.is_floating_point(): raise TypeError(f"X is {X.dtype}; orthogonalize takes real floating-point numbers, convert it with .float() first.")
     if X.numel() == 0: return X.clone()
     check_finite("X", X)
     x = in_range(at_least_float32(X.detach()))[0] # the polar factor is the same in any unit

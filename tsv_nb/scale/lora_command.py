@@ -101,6 +101,13 @@ def _done(merged: Adapter, path: Path, tasks: Sequence[str]) -> str:
     if small: lines.append(f"Averaged, because too small for {len(tasks)} tasks: {', '.join(small[:3])}{' …' * (len(small) > 3)}.")
     return "\n".join(map(wrapped, [*lines, f"Written to {path}"]))
 
+# %% ../../nbs/scale/31f_lora_command.ipynb #bd66bfe9
+def _check_choice(dtype: str | None, orthogonalize: str, heads: str, base: str | None, merged: bool) -> None:
+    "Raise `ValueError` for options that are unknown or do not go together."
+    for name, value, known in (("dtype", dtype, (None, *_DTYPES)), ("orthogonalize method", orthogonalize, (*POLAR_METHODS, "none")), ("value for heads", heads, ("average", "drop"))): check_option(name, value, known)
+    if merged and not base: raise ValueError("--merged needs the base: add --base CHECKPOINT.")
+    if merged and dtype: raise ValueError("--dtype is that of an adapter, and with --merged a model is written, in the types of its base; leave one of them out.")
+
 # %% ../../nbs/scale/31f_lora_command.ipynb #bd66bfe8
 def lora_command(
     adapters: list[str], # adapter folders of PEFT, one per task
@@ -121,9 +128,7 @@ def lora_command(
     quiet: bool = False, # print nothing, show no progress
 ) -> str: # what to print
     "Merge LoRA adapters into one with TSV-Merge. Example: tsv_lora law code chat --out all-three"
-    for name, value, known in (("dtype", dtype, (None, *_DTYPES)), ("orthogonalize method", orthogonalize, (*POLAR_METHODS, "none")), ("value for heads", heads, ("average", "drop"))): check_option(name, value, known)
-    if merged and not base: raise ValueError("--merged needs the base: add --base CHECKPOINT.")
-    if merged and dtype: raise ValueError("--dtype is that of an adapter, and with --merged a model is written, in the types of its base; leave one of them out.")
+    _check_choice(dtype, orthogonalize, heads, base, merged)
     if not (out or plan or interference): raise ValueError("nothing to do: add --out FOLDER, --plan or --interference.")
     tasks = named_adapters(adapters, any_base)
     if interference: return _scores(tasks, rank, json)
